@@ -1,0 +1,135 @@
+"""How images become fastai `DataLoaders`: a `DataBlock` over an `ImageTable`, and a loader of whole batches."""
+
+import os
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+
+import fastai.vision.data  # noqa: F401  tells show_batch and show_results how to draw images
+import numpy as np
+import torch
+from fastai.data.block import CategoryBlock, DataBlock, TransformBlock
+from fastai.data.core import DataLoaders, TfmdDL
+from fastai.data.transforms import AttrGetter, IntToFloatTensor, Normalize, ToTensor
+from fastai.torch_core import TensorCategory, TensorImage, default_device
+from fastai.vision.core import PILImage
+from fastcore.basics import chunked
+from PIL import Image
+
+from aug import KeyedAugment, train_transforms
+from errors import InputError
+from images import ImageTable, to_rgb
+from sources import load_images
+
+VALID = ("test", "holdout")
+HOLDOUT = 0.1  # of each class of the training set
+
+
+def rgb_image(o: str | Path | bytes | np.ndarray | Image.Image) -> PILImage:
+    """A path, bytes, PIL image of any mode or uint8 array (H, W) or (H, W, 1, 3 or 4) → 32x32 RGB `PILImage`."""
+    if isinstance(o, np.ndarray) and o.ndim == 3 and o.shape[2] == 1:
+        o = o[..., 0]
+    return PILImage.create(to_rgb(PILImage.create(o)))
+
+
+class KeyedDL(TfmdDL):
+    """A `TfmdDL` that builds a whole uint8 batch of an `ImageTable` in one go; floats are made on the device.
+
+    With a `seed`, order and augmentation depend on (seed, epoch, position) alone. `epoch` counts how often the loader
+    has been iterated; set it to repeat an epoch. Items from elsewhere (`test_dl`, `predict`) take fastai's usual way
+    through the item transforms, which the table's images, decoded to size beforehand, do not need.
+    """
+
+    def __init__(self, dataset, *args, seed: int | None = None, augment: "KeyedAugment | None" = None, **kwargs):
+        self.seed, self.augment, self.epoch = seed, augment, -1
+        super().__init__(dataset, *args, **kwargs)
+
+    def new(self, dataset=None, cls=None, **kwargs):
+        if dataset is None:  # the same images with other settings; another data set is not augmented
+            kwargs = {"seed": self.seed, "augment": self.augment, **kwargs}
+        return super().new(dataset, cls, **kwargs)
+
+    def before_iter(self):
+        super().before_iter()
+        self.epoch += 1
+
+    def shuffle_fn(self, idxs):
+        if self.seed is None:
+            return super().shuffle_fn(idxs)
+        return np.random.default_rng([self.seed, self.epoch]).permutation(idxs).tolist()
+
+    def create_batches(self, samps) -> Iterator[tuple]:
+        table = self.dataset.items
+        if not isinstance(table, ImageTable):
+            yield from super().create_batches(samps)
+            return
+        # Batches are dealt to the workers in turn, so that these are the positions of this worker's samples.
+        positions = (i for i in count() if i // self.bs % self.num_workers == self.offs)
+        for chunk in chunked(zip(positions, samps, strict=False), self.bs, self.drop_last):
+            positions_, indices = zip(*chunk, strict=True)
+            images, labels = table.batch(list(indices))
+            if self.augment is not None:
+                images = self.augment(images, self.epoch, positions_)
+            yield TensorImage(torch.from_numpy(images).permute(0, 3, 1, 2)), TensorCategory(torch.from_numpy(labels))
+
+
+def get_dls(
+    source: str | Path | ImageTable = "cifar10",
+    bs: int = 512,
+    seed: int = 0,
+    workers: int | None = None,
+    valid: str = "test",
+    device: str | torch.device | None = None,
+    **augmentation,
+) -> DataLoaders:
+    """Training and validation loaders of (N, 3, 32, 32) normalised floats and N labels.
+
+    `valid` "test" validates on the test set; "holdout" on a tenth of each class of the training set, chosen by `seed`.
+    `workers` is the number of loader processes (default: one a core up to 8 for a GPU, 0 where the CPU also trains),
+    `augmentation` goes to `aug.train_transforms`. Sources are those of `sources.load_images`. Raises InputError.
+    """
+    if valid not in VALID:
+        raise InputError(f"valid is {valid!r}: it must be one of {', '.join(VALID)}")
+    for name, value, least in (("bs", bs, 2), ("seed", seed, 0), ("workers", 0 if workers is None else workers, 0)):
+        if value < least or value >= 2**32:
+            raise InputError(f"{name} is {value}: it must be at least {least} and below 2**32")
+    device = default_device() if device is None else torch.device(device)
+    if workers is None:
+        workers = 0 if device.type == "cpu" else min(8, os.cpu_count() or 1)
+    table = load_images(source)
+    train, held_out = _split(table, valid, seed)
+    if bs > len(train):
+        raise InputError(f"bs is {bs}, but there are {len(train)} training images; use --bs {len(train)} or less")
+    mean, std = table.stats or table[train].measure()
+    if min(std) == 0:
+        raise InputError(f"{table.name}: a colour channel has one value in all images; there is nothing to learn from")
+    augmentation = {"fill": [round(255 * m) for m in mean], **augmentation}
+    block = DataBlock(
+        blocks=(
+            TransformBlock(type_tfms=rgb_image, item_tfms=ToTensor, batch_tfms=IntToFloatTensor),
+            CategoryBlock(vocab=list(table.classes), sort=False),
+        ),
+        get_x=AttrGetter("image"),
+        get_y=AttrGetter("label"),
+        splitter=lambda _: (train, held_out),
+        batch_tfms=Normalize.from_stats(mean, std, cuda=False),
+        dl_type=KeyedDL,
+    )
+    keyed = {"seed": seed, "augment": KeyedAugment(train_transforms(**augmentation), seed)}
+    return block.dataloaders(
+        table, bs=bs, num_workers=workers, device=device, pin_memory=device.type == "cuda", dl_kwargs=[keyed, {}]
+    )
+
+
+def _split(table: ImageTable, valid: str, seed: int) -> tuple[list[int], list[int]]:
+    """Rows to train and to validate on."""
+    if valid == "test":
+        return np.flatnonzero(table.is_train).tolist(), np.flatnonzero(~table.is_train).tolist()
+    held_out = []
+    for label, name in enumerate(table.classes):
+        rows = np.flatnonzero(table.is_train & (table.labels == label))
+        if len(rows) < 2:
+            raise InputError(f"{table.name}: class {name!r} has one training image; a hold-out needs at least two")
+        held_out.append(np.random.default_rng([seed, label]).permutation(rows)[: max(1, round(HOLDOUT * len(rows)))])
+    held_out = np.sort(np.concatenate(held_out))
+    return np.setdiff1d(np.flatnonzero(table.is_train), held_out).tolist(), held_out.tolist()

@@ -1,0 +1,44 @@
+"""What a user sees when the input is bad: one line on stderr and exit code 2; a bug in the code keeps its traceback."""
+
+import difflib
+import sys
+from collections.abc import Callable
+
+from fastcore.script import anno_parser
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used. The message is one line: the thing at fault, and what to do."""
+
+
+def run_command(func: Callable) -> None:
+    """Call `func` with the command line that its signature describes, as fastcore's `call_parse` does, but strictly.
+
+    An option must be spelled out (no abbreviations), and a wrong one is one line that names the right ones, where
+    argparse would print its whole usage first. Exits with 2 for bad input, 130 for Ctrl-C.
+    """
+    parser = anno_parser(func)
+    parser.allow_abbrev = False
+    options = [o for a in parser._actions for o in a.option_strings if a.help != "==SUPPRESS==" and len(o) > 2]
+
+    def fail(message: str, code: int = 2):
+        print(f"{parser.prog}: error: {' '.join(str(message).split())}", file=sys.stderr)
+        sys.exit(code)
+
+    def usage_error(message: str):
+        if message.startswith("unrecognized arguments: "):
+            word = message.removeprefix("unrecognized arguments: ").split()[0]
+            near = difflib.get_close_matches(word.split("=")[0], options, n=1, cutoff=0.5)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            message = f"unknown option {word}{hint}; the options are {' '.join(options)}"
+        fail(message)
+
+    parser.error = usage_error
+    args = vars(parser.parse_args())
+    del args["pdb"], args["xtra"]  # call_parse's own hidden options
+    try:
+        func(**args)
+    except InputError as e:
+        fail(e)
+    except KeyboardInterrupt:
+        fail("stopped by Ctrl-C", 130)

@@ -1,0 +1,78 @@
+"""Decoded images as fastai items: an `ImageTable` holds all of them as uint8 pixels, and its views share those."""
+
+import hashlib
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+SIZE = 32  # pixels a side
+
+
+def to_rgb(image: Image.Image) -> np.ndarray:
+    """A PIL image of any mode and size → uint8 (32, 32, 3). Other sizes are squeezed, so that nothing is cut off."""
+    image = image.convert("RGB")
+    if image.size != (SIZE, SIZE):
+        image = image.resize((SIZE, SIZE), Image.Resampling.BILINEAR)
+    return np.asarray(image)
+
+
+class Item(NamedTuple):
+    """One image as a `DataBlock` sees it: uint8 (32, 32, 3) and the name of its class."""
+
+    image: np.ndarray
+    label: str
+
+
+@dataclass(frozen=True)
+class ImageTable:
+    """Decoded images as fastai items: `table[i]` is an `Item`, `table[[i, …]]` a view of those rows without a copy.
+
+    images: uint8 (n, 32, 32, 3); labels: int64 (n,), indices into `classes`; is_train: bool (n,); `rows` are the rows
+    of a view; `stats` are mean and standard deviation per channel (range 0..1) where they are known beforehand.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    images: np.ndarray
+    labels: np.ndarray
+    is_train: np.ndarray
+    rows: np.ndarray
+    stats: tuple | None = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i):
+        if np.ndim(i) == 0:
+            row = self.rows[i]
+            return Item(self.images[row], self.classes[self.labels[row]])
+        return replace(self, rows=self.rows[i])
+
+    @property
+    def iloc(self) -> "ImageTable":
+        """fastai takes subsets of table-like items through `.iloc`; with it, the splits share these pixels."""
+        return self
+
+    def batch(self, indices: list[int]) -> tuple[np.ndarray, np.ndarray]:
+        """A copy of the pixels, uint8 (n, 32, 32, 3), and the labels, int64 (n,)."""
+        rows = self.rows[indices]
+        return self.images[rows], self.labels[rows]
+
+    def measure(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and standard deviation of each channel over the rows of this view, range 0..1."""
+        values, images = np.arange(256) / 255, self.images[self.rows]
+        means, stds = [], []
+        for channel in range(3):
+            share = np.bincount(images[..., channel].ravel(), minlength=256) / images[..., channel].size
+            means.append(float(share @ values))
+            stds.append(float(np.sqrt(share @ (values - means[-1]) ** 2)))
+        return tuple(means), tuple(stds)
+
+    def fingerprint(self) -> str:
+        """SHA-256 over classes, labels, split and pixels: equal for equal data, wherever it was read from."""
+        digest = hashlib.sha256("\0".join(self.classes).encode())
+        for array in (self.labels, self.is_train, self.images):
+            digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()

@@ -1,0 +1,88 @@
+"""The pictures of a run, drawn with matplotlib's `Figure`: a notebook's own figures and backend stay as they are."""
+
+from pathlib import Path
+
+import numpy as np
+from fastai.data.core import DataLoaders
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from lr_finder import DEFAULT, RangeTest
+from run import complete
+
+# Okabe and Ito's palette, which the colour-blind can tell apart
+BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#777777"
+
+
+def _save(figure: Figure, path: Path) -> None:
+    with complete(path) as beside:
+        figure.savefig(beside, dpi=120)
+
+
+def _axes(title: str, xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
+    axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def save_augmentations(dls: DataLoaders, path: Path, columns: int = 8, draws: int = 4) -> None:
+    """A column an image: the original on top, what `draws` epochs make of it below, under the name of its class."""
+    table, dl = dls.train_ds.items, dls.train
+    rows = np.random.default_rng(0).permutation(len(table))[:columns].tolist()
+    originals, labels = table.batch(rows)
+    grid = [originals] + [dl.augment(originals, epoch, range(columns)) for epoch in range(draws)]
+    figure = Figure(figsize=(1.2 * columns, 1.2 * (draws + 1) + 0.5), layout="constrained")
+    axes = figure.subplots(draws + 1, columns, squeeze=False)
+    for i, images in enumerate(grid):
+        for j, image in enumerate(images):
+            axes[i, j].imshow(image, interpolation="nearest")
+            axes[i, j].set(xticks=[], yticks=[])
+            axes[i, j].spines[:].set_visible(False)
+        axes[i, 0].set_ylabel("original" if i == 0 else f"draw {i}")
+    for ax, label in zip(axes[0], labels, strict=False):
+        ax.set_title(table.classes[label][:14], fontsize=10)
+    _save(figure, path)
+
+
+def save_lr_find(test: RangeTest, path: Path, chosen: float | None) -> None:
+    """The range test's curve with each suggestion, and the learning rate that training uses, if there is one."""
+    figure, axes = _axes("Learning-rate range test", "learning rate", "training loss (smoothed)")
+    axes.set_xscale("log")
+    axes.plot(test.lrs, test.losses, color=BLUE)
+    marks = zip(test.suggestions.items(), "os^D", (ORANGE, GREEN, PURPLE, GREY), strict=True)
+    for (name, lr), marker, color in marks:
+        if lr is not None:
+            label = f"{name}: {lr:.2g}" + (" (default suggestion)" if name == DEFAULT else "")
+            axes.plot(lr, test.loss_at(lr), marker, color=color, ms=8 if name == DEFAULT else 6, label=label)
+    if chosen is not None:
+        axes.axvline(chosen, color="black", lw=1, ls="--", label=f"this run's peak: {chosen:.2g}")
+    if test.losses:
+        # The divergence at the end would flatten the valley, which is what one looks at.
+        low, start = min(test.losses), test.losses[0]
+        axes.set_ylim(low - 0.15 * (start - low + 0.1), start + 0.6 * (start - low + 0.1))
+    else:
+        axes.text(0.5, 0.5, "the loss was not finite from the first batch on", ha="center", transform=axes.transAxes)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(loc="upper left", frameon=False)
+    _save(figure, path)
+
+
+def save_history(history: list[dict], folder: Path, what: str) -> None:
+    """`loss.png` and `accuracy.png`: both curves over the epochs, the best and the last validation accuracy marked."""
+    epochs = [row["epoch"] for row in history]
+    for kind, scale, unit in (("loss", 1, ""), ("accuracy", 100, " in %")):
+        figure, axes = _axes(f"{kind.capitalize()}: {what}", "epoch", kind + unit)
+        train, valid = ([scale * row[f"{part}_{kind}"] for row in history] for part in ("train", "valid"))
+        axes.plot(epochs, train, "o-", ms=3, color=BLUE, label="training, augmented images")
+        axes.plot(epochs, valid, "s-", ms=3, color=ORANGE, label="validation")
+        if kind == "accuracy":
+            best = max(range(len(valid)), key=valid.__getitem__)
+            label = f"best, chosen on the validation set: {valid[best]:.2f} % in epoch {epochs[best]}"
+            axes.plot(epochs[best], valid[best], "s", ms=10, mfc="none", color="black", label=label)
+            axes.plot([], [], " ", label=f"last epoch: {valid[-1]:.2f} %")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.legend(frameon=False)
+        _save(figure, folder / f"{kind}.png")

@@ -1,0 +1,168 @@
+"""The run folder: its number, its files, and the callback that writes down what happened in every epoch."""
+
+import csv
+import json
+import os
+import platform
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from math import isfinite
+from pathlib import Path
+from time import perf_counter
+
+import numpy as np
+import torch
+from fastai.callback.core import CancelFitException
+from fastai.callback.tracker import TrackerCallback
+from fastai.learner import Learner, save_model
+
+from errors import InputError
+
+PACKAGES = ("fastai", "torch", "torchvision", "albumentations", "fastcore", "numpy", "pillow")
+
+
+@contextmanager
+def complete(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write to: it takes `path`'s name when the block ends, and goes away when it fails."""
+    beside = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")  # a writer takes its format from the suffix
+    try:
+        yield beside
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write `content`, complete or not at all."""
+    with complete(path) as beside:
+        beside.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def write_csv(path: Path, names: Iterable[str], rows: Iterable[Iterable]) -> None:
+    """Write `rows` under a line of `names`, complete or not at all."""
+    with complete(path) as beside, beside.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(names)
+        writer.writerows(rows)
+
+
+def check_out(out: str | None) -> None:
+    """Raise InputError if `out` cannot become a run folder; looked at before the work starts."""
+    if out is None:
+        return
+    path = Path(out)
+    if path.is_dir() and any(path.iterdir()):
+        raise InputError(f"--out {out}: the folder is not empty; name a new or an empty one")
+    if path.exists() and not path.is_dir():
+        raise InputError(f"--out {out}: this is a file; name a new or an empty folder")
+
+
+def new_run_folder(recipe: str, out: str | None = None, parent: str = "runs") -> Path:
+    """Make `out`, or the next free `runs/NNN-recipe`. Raises InputError where that cannot be, or `out` holds files."""
+    check_out(out)
+    try:
+        if out is not None:
+            Path(out).mkdir(parents=True, exist_ok=True)
+            return Path(out)
+        Path(parent).mkdir(exist_ok=True)
+        while True:
+            taken = [int(p.name.split("-")[0]) for p in Path(parent).iterdir() if p.name.split("-")[0].isdigit()]
+            folder = Path(parent) / f"{max(taken, default=0) + 1:03}-{recipe}"
+            try:
+                folder.mkdir()
+                return folder
+            except FileExistsError:  # another run took the number in the meantime
+                continue
+    except OSError as e:
+        raise InputError(f"{e.filename}: the run folder cannot be made here ({e.strerror}); pass --out PATH") from e
+
+
+def write_config(run: Path, learn: Learner, arguments: dict) -> dict:
+    """Write `config.json`: what was asked for, on what data, device and versions. Returns its content."""
+    device, table = learn.dls.device, learn.dls.train_ds.items
+    cpu = platform.processor() or platform.machine()
+    config = {
+        **arguments,
+        "source": table.name,
+        "fingerprint": table.fingerprint(),
+        "classes": list(table.classes),
+        "images": {"train": len(learn.dls.train_ds), "valid": len(learn.dls.valid_ds)},
+        "parameters": sum(p.numel() for p in learn.model.parameters()),
+        "device": str(device),
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
+        "threads": torch.get_num_threads(),
+        "workers": learn.dls.train.fake_l.num_workers,
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+    }
+    write_json(run / "config.json", config)
+    return config
+
+
+def print_config(config: dict) -> None:
+    """One line a setting."""
+    for name, value in config.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{k} {v}" for k, v in value.items())
+        elif isinstance(value, list):
+            value = " ".join(value[:20]) + (f" … ({len(value)})" if len(value) > 20 else "")
+        print(f"{name:<15} {value}")
+
+
+def save_weights(learn: Learner, name: str) -> Path:
+    """`learn.save` to `models/NAME.pth`, complete or not at all; `learn.load(NAME)` reads it."""
+    path = learn.path / learn.model_dir / f"{name}.pth"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with complete(path) as beside:
+        save_model(beside, learn.model, opt=None, with_opt=False)
+    return path
+
+
+class RunLog(TrackerCallback):
+    """Writes `history.csv` and the best weights after every epoch, and one line an epoch where `lines` is set.
+
+    The training loss and accuracy are means over the epoch's augmented batches, summed on the device. Training stops
+    after an epoch whose loss is not finite.
+    """
+
+    def __init__(self, lines: bool):
+        super().__init__(monitor="accuracy", comp=np.greater)
+        self.lines, self.history, self.best_epoch = lines, [], None
+
+    def before_epoch(self):
+        self.started, self.sums = perf_counter(), 0
+
+    def after_batch(self):
+        if self.training:
+            with torch.no_grad():
+                hits = (self.pred.argmax(1) == self.y).sum()
+                n = len(self.y)
+                self.sums = self.sums + torch.stack([self.loss.detach() * n, hits, torch.ones_like(hits) * n]).double()
+
+    def after_epoch(self):
+        super().after_epoch()
+        loss, hits, n = self.sums.tolist()
+        valid = dict(zip(self.recorder.metric_names[1:], self.recorder.values[-1], strict=False))
+        row = {
+            "epoch": self.epoch + 1,
+            "train_loss": round(loss / n, 6),
+            "train_accuracy": round(hits / n, 6),
+            "valid_loss": round(valid["valid_loss"], 6),
+            "valid_accuracy": round(valid["accuracy"], 6),
+            "lr": float(f"{self.opt.hypers[-1]['lr']:.6g}"),
+            "seconds": round(perf_counter() - self.started, 2),
+        }
+        self.history.append(row)
+        write_csv(self.path / "history.csv", row, (past.values() for past in self.history))
+        if self.new_best:
+            self.best_epoch = row["epoch"]
+            save_weights(self.learn, "best")
+        if self.lines:
+            print(
+                f"epoch {row['epoch']:>3}/{self.n_epoch}   train loss {row['train_loss']:.4f}, accuracy "
+                f"{row['train_accuracy']:7.2%}   valid loss {row['valid_loss']:.4f}, accuracy "
+                f"{row['valid_accuracy']:7.2%}   lr {row['lr']:.2e}   {row['seconds']:.1f} s",
+                flush=True,
+            )
+        if not isfinite(loss):
+            raise CancelFitException  # `train_fastai` says why: fastai wraps an error raised here in its own words

@@ -1,0 +1,268 @@
+"""Where images come from: every source is decoded once, checked, and becomes an `ImageTable`."""
+
+import io
+import pickle
+import stat
+import sys
+import tarfile
+import threading
+import urllib.request
+import zipfile
+import zlib
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import nullcontext, redirect_stdout
+from dataclasses import replace
+from lzma import LZMAError
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+from fastai.vision.core import PILImage
+from PIL import Image
+
+from errors import InputError
+from images import SIZE, ImageTable, to_rgb
+
+CIFAR10_STATS = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))  # of the 50,000 training images, range 0..1
+SPLITS = ("train", "test")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+ARCHIVE_SUFFIXES = (".tgz", ".tar.gz", ".tar.xz", ".zip")
+MAX_MEMBER = 64 * 2**20  # bytes; an official batch file has 31 MB, so that more than this is no part of a data set
+BATCH_FILES = {
+    "train": [f"data_batch_{i}" for i in range(1, 6)],
+    "test": ["test_batch"],
+}
+Found = dict[tuple[str, str], list[tuple[str, np.ndarray]]]  # (split, class) → (file name, pixels)
+
+
+def load_images(source: str | Path | ImageTable) -> ImageTable:
+    """Read a source: "cifar10", "digits", a folder or archive with `train/<class>/` and `test/<class>/` images, or the
+    official `cifar-10-batches-py` folder or `cifar-10-python.tar.gz`. Raises InputError that names what is wrong.
+    """
+    if isinstance(source, ImageTable):
+        return source
+    if source == "cifar10":
+        return replace(_read_folder(_download_cifar10()), name="cifar10", stats=CIFAR10_STATS)
+    if source == "digits":
+        return _read_digits()
+    path = Path(source).expanduser()
+    try:
+        if path.is_dir():
+            inner = path / "cifar-10-batches-py"
+            return _read_folder(inner if inner.is_dir() else path)
+        if path.is_file():
+            return _read_archive(path)
+    except OSError as e:
+        raise InputError(f"{e.filename or path}: cannot be read ({e.strerror or e}); check its permissions") from e
+    raise InputError(f"{path}: no such file or folder; data is cifar10, digits, a folder or an archive of images")
+
+
+def _decode(data: bytes, name: str) -> np.ndarray:
+    try:
+        return to_rgb(PILImage.create(data))
+    except Exception as e:  # whatever a decoder makes of a foreign file: Pillow raises half a dozen types
+        reason = str(e).partition(" <_io")[0]
+        raise InputError(f"{name}: not a readable image ({reason}); remove or replace it") from e
+
+
+def _download_cifar10() -> Path:
+    from fastai.data import external  # slow to import, and only needed here
+    from fastdownload import FastDownload, urldest
+
+    url = external.URLs.CIFAR
+    cache = FastDownload(external.fastai_cfg(), module=external.fastai.data, base="~/.fastai")
+    archive = urldest(url, cache.arch_path())
+    if not cache.data_path("data", archive).exists() and not archive.exists():
+        _check_reachable(url)
+        print(f"downloading CIFAR-10 (135 MB) to {archive.parent}")
+    quiet = nullcontext() if sys.stdout.isatty() else redirect_stdout(io.StringIO())  # the bar redraws itself with \r
+    try:
+        with quiet:
+            return external.untar_data(url)
+    except (OSError, tarfile.TarError, EOFError) as e:
+        raise InputError(f"the download of CIFAR-10 failed ({e}); pass --data PATH or --data digits") from e
+
+
+def _check_reachable(url: str, timeout: float = 12) -> None:
+    """Raise InputError unless `url` answers in `timeout` seconds. In a thread, as no socket timeout covers the DNS."""
+    outcome: list = []
+
+    def probe():
+        try:
+            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=timeout - 2).close()
+            outcome.append(None)
+        except Exception as e:
+            outcome.append(getattr(e, "reason", e))
+
+    thread = threading.Thread(target=probe, daemon=True)
+    thread.start()
+    thread.join(timeout)
+    reason = outcome[0] if outcome else f"no answer in {timeout} s"
+    if reason is not None:
+        raise InputError(f"CIFAR-10 is not in fastai's cache and cannot be downloaded ({reason}); pass --data PATH "
+                         "(a folder or archive of it), or --data digits")  # fmt: skip
+
+
+def _read_digits() -> ImageTable:
+    from sklearn.datasets import load_digits  # an import of a second, for this source alone
+
+    digits = load_digits()
+    small = np.round(digits.images * (255 / 16)).astype(np.uint8)
+    found: Found = {}
+    for label in range(10):
+        rows = np.random.default_rng([0, label]).permutation(np.flatnonzero(digits.target == label))
+        images = [(str(row), to_rgb(Image.fromarray(small[row]))) for row in rows]
+        n_train = round(0.8 * len(images))
+        found["train", str(label)], found["test", str(label)] = images[:n_train], images[n_train:]
+    return _table("digits", found)
+
+
+def _read_folder(root: Path) -> ImageTable:
+    if (root / "batches.meta").is_file():
+        names = [name for split in SPLITS for name in BATCH_FILES[split]] + ["batches.meta"]
+        return _read_batches(str(root), {n: (root / n).read_bytes() for n in names if (root / n).is_file()})
+    found: Found = {}
+    for split in SPLITS:
+        if not (root / split).is_dir():
+            raise InputError(f"{root}: there is no {split} folder in it; it must hold train/<class>/ and test/<class>/")
+        for folder in sorted(p for p in (root / split).iterdir() if not p.name.startswith(".")):
+            if not folder.is_dir():
+                raise InputError(f"{folder}: a file where the folder of a class should be; remove it")
+            files = sorted(p for p in folder.iterdir() if not p.name.startswith("."))
+            found[split, folder.name] = [
+                (path.name, _decode(path.read_bytes(), _checked_suffix(str(path)))) for path in files
+            ]
+    return _table(str(root), found)
+
+
+def _checked_suffix(name: str) -> str:
+    if not name.lower().endswith(IMAGE_SUFFIXES):
+        raise InputError(f"{name}: not a {' or '.join(IMAGE_SUFFIXES)} image; remove or convert it")
+    return name
+
+
+def _read_archive(path: Path) -> ImageTable:
+    """Read an archive member by member in memory: as nothing is unpacked, no member can land outside a folder."""
+    if not path.name.lower().endswith(ARCHIVE_SUFFIXES):
+        raise InputError(f"{path}: neither a folder nor an archive; an archive ends in {', '.join(ARCHIVE_SUFFIXES)}")
+    batches, found, depth = {}, defaultdict(list), None
+    known_batches = {"batches.meta", *BATCH_FILES["train"], *BATCH_FILES["test"]}
+    try:
+        for member, data in _zip_members(path) if path.suffix.lower() == ".zip" else _tar_members(path):
+            parts = member.parts
+            if data is not None and member.name in known_batches:
+                batches[member.name] = data
+            if depth is None:  # the first train or test folder tells how deep the layout starts
+                depth = next((i for i, part in enumerate(parts) if part in SPLITS), None)
+            if depth is None or len(parts) < depth + 2 or parts[depth] not in SPLITS:
+                continue  # a read-me, a list of labels
+            if any(part.startswith(".") for part in parts[depth + 1 :]):
+                continue  # .DS_Store and its like
+            images = found[parts[depth], parts[depth + 1]]  # also for a folder, so that an empty class is seen
+            if data is None:
+                continue
+            name = f"{path}: {member}"
+            if len(parts) != depth + 3:
+                raise InputError(f"{name}: images must lie at train/<class>/ and test/<class>/")
+            images.append((member.name, _decode(data, _checked_suffix(name))))
+    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, LZMAError, EOFError, RuntimeError) as e:
+        raise InputError(f"{path}: a damaged or locked archive ({e}); fetch it again") from e
+    if batches:
+        return _read_batches(str(path), batches)
+    if not found:
+        raise InputError(f"{path}: holds neither train/<class>/ and test/<class>/ images nor CIFAR-10's batch files")
+    return _table(str(path), found)
+
+
+def _checked_member(path: Path, name: str, size: int, special: bool) -> PurePosixPath:
+    member = PurePosixPath(name.replace("\\", "/"))
+    if member.is_absolute() or ".." in member.parts or special:
+        raise InputError(f"{path}: member {name!r} is a link or points outside the archive; refused")
+    if size > MAX_MEMBER:
+        raise InputError(f"{path}: member {name!r} has {size:,} bytes, more than any image here; refused")
+    return member
+
+
+def _tar_members(path: Path) -> Iterator[tuple[PurePosixPath, bytes | None]]:
+    """(name, content) in stored order, content None for a folder: one pass, as a compressed file cannot seek."""
+    with tarfile.open(path, "r:*") as archive:
+        for info in archive:
+            member = _checked_member(path, info.name, info.size, special=not (info.isfile() or info.isdir()))
+            yield member, archive.extractfile(info).read() if info.isfile() else None
+
+
+def _zip_members(path: Path) -> Iterator[tuple[PurePosixPath, bytes | None]]:
+    with zipfile.ZipFile(path) as archive:
+        for info in archive.infolist():
+            is_link = stat.S_ISLNK(info.external_attr >> 16)
+            member = _checked_member(path, info.filename, info.file_size, special=is_link)
+            yield member, None if info.is_dir() else archive.read(info)
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Reads what the official batch files hold (dicts, lists, bytes, strings, numbers, numpy arrays), and calls nothing
+    but numpy's array constructors: a pickle can otherwise run any code.
+    """
+
+    def find_class(self, module: str, name: str):
+        if (module, name) in {("numpy", "ndarray"), ("numpy", "dtype")}:
+            return getattr(np, name)
+        if name == "_reconstruct" and module in {"numpy.core.multiarray", "numpy._core.multiarray"}:
+            return np._core.multiarray._reconstruct
+        if (module, name) == ("_codecs", "encode"):  # how Python 3 writes bytes at the protocol of these files
+            return lambda text, encoding: text.encode("latin1")
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no batch file needs")
+
+
+def _unpickle(data: bytes, name: str) -> dict:
+    try:
+        content = _ArrayUnpickler(io.BytesIO(data), encoding="bytes").load()
+        return {k.decode() if isinstance(k, bytes) else k: v for k, v in content.items()}
+    except Exception as e:  # a damaged pickle can raise anything
+        raise InputError(f"{name}: not an official CIFAR-10 file ({e}); fetch it again") from e
+
+
+def _read_batches(where: str, files: dict[str, bytes]) -> ImageTable:
+    for needed in [*BATCH_FILES["train"], *BATCH_FILES["test"], "batches.meta"]:
+        if needed not in files:
+            raise InputError(f"{where}: {needed} is missing; fetch the whole of CIFAR-10's python version")
+    names = _unpickle(files["batches.meta"], f"{where}: batches.meta").get("label_names")
+    if not isinstance(names, list) or not all(isinstance(n, bytes | str) for n in names):
+        raise InputError(f"{where}: batches.meta holds no label_names; fetch it again")
+    classes = [n.decode() if isinstance(n, bytes) else n for n in names]
+    found: Found = {(split, c): [] for split in SPLITS for c in classes}
+    for split in SPLITS:
+        for file in BATCH_FILES[split]:
+            batch = _unpickle(files[file], f"{where}: {file}")
+            data, labels = batch.get("data"), batch.get("labels")
+            pixels = SIZE * SIZE * 3
+            good_data = isinstance(data, np.ndarray) and data.dtype == np.uint8 and data.shape[1:] == (pixels,)
+            good_labels = isinstance(labels, list) and all(
+                isinstance(i, int) and i in range(len(classes)) for i in labels
+            )
+            if not (good_data and good_labels and len(data) == len(labels)):
+                raise InputError(f"{where}: {file} does not hold (n, {pixels}) uint8 data and n labels; fetch it again")
+            images = data.reshape(-1, 3, SIZE, SIZE).transpose(0, 2, 3, 1)
+            for i, (image, label) in enumerate(zip(images, labels, strict=True)):
+                found[split, classes[label]].append((f"{file}-{i:05}", image))
+    return replace(_table(where, found), stats=CIFAR10_STATS)
+
+
+def _table(name: str, found: Found) -> ImageTable:
+    """Check the classes and put all images into one array, ordered by split, class and file name."""
+    classes = {split: {c for s, c in found if s == split} for split in SPLITS}
+    for split, other in (SPLITS, SPLITS[::-1]):
+        if missing := sorted(classes[split] - classes[other]):
+            raise InputError(f"{name}: class {missing[0]!r} is in {split} but not in {other}; both need every class")
+    names = sorted(classes["train"])
+    if len(names) < 2:
+        raise InputError(f"{name}: {len(names)} class in it; at least two are needed")
+    for (split, c), images in found.items():
+        if not images:
+            raise InputError(f"{name}: class {c!r} has no image in {split}; add some, or remove it from both sides")
+    keys = [(split, c) for split in SPLITS for c in names]
+    images = np.stack([pixels for key in keys for _, pixels in sorted(found[key], key=lambda image: image[0])])
+    counts = [len(found[key]) for key in keys]
+    labels = np.repeat([names.index(c) for _, c in keys], counts)
+    is_train = np.repeat([split == "train" for split, _ in keys], counts)
+    return ImageTable(name, tuple(names), images, labels, is_train, rows=np.arange(len(images)))

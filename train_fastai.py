@@ -1,0 +1,200 @@
+"""Train a custom ResNet with fastai and albumentations, from images to an exported learner.
+
+    python train_fastai.py --recipe demo      handwritten digits, about a minute on two CPU cores, no download
+    python train_fastai.py                    CIFAR-10, 24 epochs; wants a GPU
+
+In a notebook:
+
+    from data import get_dls
+    from train_fastai import get_learner
+    learn = get_learner(get_dls("digits", bs=64, flip=0), "demo")
+    learn.lr_find()
+    learn.fit_one_cycle(12, 0.1)
+"""
+
+import inspect
+import shlex
+import sys
+import warnings
+from contextlib import nullcontext
+from dataclasses import asdict
+from math import isfinite
+from typing import TYPE_CHECKING, Annotated
+
+from errors import InputError, run_command
+from recipes import RECIPES, Recipe, get_recipe
+
+if TYPE_CHECKING:
+    import torch
+    from fastai.data.core import DataLoaders
+    from fastai.learner import Learner
+
+# torch and fastai take seconds to import. The functions below do so themselves, so that --help and a mistyped option
+# answer at once.
+
+
+def get_learner(dls: "DataLoaders", recipe: str | Recipe = "fast", norm: str = "batch", **kwargs) -> "Learner":
+    """A plain fastai `Learner`: the recipe's network, loss and optimiser, channels-last, on CUDA in mixed precision.
+
+    `kwargs` go to `Learner`. Raises InputError for an unknown recipe, ValueError for an unknown norm.
+    """
+    from functools import partial
+
+    import fastai.callback.all  # noqa: F401  gives every Learner lr_find, fit_one_cycle, summary and progress bars
+    import torch
+    from fastai.callback.channelslast import ChannelsLast
+    from fastai.callback.fp16 import AMPMode, MixedPrecision
+    from fastai.learner import Learner
+    from fastai.losses import CrossEntropyLossFlat
+    from fastai.metrics import accuracy
+    from fastai.optimizer import OptimWrapper
+
+    from export import carry_our_code
+    from model import CustomResNet
+
+    carry_our_code()
+    recipe = get_recipe(recipe)
+    model = CustomResNet(len(dls.vocab), recipe.width, norm, recipe.logit_scale).to(dls.device)
+    cbs = [ChannelsLast()]
+    if dls.device.type == "cuda":
+        # Volta and Turing only emulate bf16. Compute capability 8.0, Ampere, has it.
+        has_bf16 = torch.cuda.get_device_capability(dls.device) >= (8, 0)
+        cbs.append(MixedPrecision(AMPMode.BF16 if has_bf16 else AMPMode.FP16))
+    settings = {
+        "loss_func": CrossEntropyLossFlat(label_smoothing=recipe.label_smoothing),
+        # fastai's own SGD has no Nesterov momentum
+        "opt_func": partial(OptimWrapper, opt=torch.optim.SGD, momentum=recipe.momentum, nesterov=True),
+        "lr": recipe.lr,
+        "wd": recipe.wd,
+        "moms": (recipe.momentum,) * 3,  # constant, where fastai's default cycles it against the learning rate
+        "metrics": accuracy,
+        "cbs": cbs,
+    }
+    return Learner(dls, model, **{**settings, **kwargs})
+
+
+def main(
+    data: str = None,  # cifar10, digits, a folder or archive of train/<class>/ and test/<class>/ images, or CIFAR-10's python version [the recipe's]
+    recipe: Annotated[str, {"choices": list(RECIPES)}] = "fast",  # Named settings, see recipes.py
+    epochs: int = None,  # Passes over the training images [the recipe's]
+    lr: str = None,  # Peak learning rate, or auto for the range test's suggestion [the recipe's]
+    bs: int = None,  # Images a batch [the recipe's]
+    width: int = None,  # Channels of the network's first stage [the recipe's]
+    norm: Annotated[str, {"choices": ["batch", "layer", "group"]}] = "batch",  # Normalisation layers
+    seed: int = 0,  # Of the weights, the order of the images and their augmentation
+    workers: int = None,  # Loader processes [one a core up to 8 for a GPU, 0 on a CPU]
+    valid: Annotated[str, {"choices": ["test", "holdout"]}] = "test",  # Validate on the test set, or on a tenth of the training set
+    device: str = "auto",  # auto, cpu, cuda, cuda:1 or mps
+    out: str = None,  # Run folder, new or empty [runs/NNN-recipe]
+    lr_find_only: bool = False,  # Stop after the range test
+    no_lr_find: bool = False,  # Train without a range test
+):  # fmt: skip
+    """Train a custom ResNet with fastai and albumentations: CIFAR-10 by default, or images of your own."""
+    given = dict(locals())
+    if no_lr_find and (lr_find_only or lr == "auto"):
+        other = "--lr-find-only" if lr_find_only else "--lr auto"
+        raise InputError(f"--no-lr-find contradicts {other}; drop one of them")
+    settings = get_recipe(recipe, data=data, epochs=epochs, lr=_learning_rate(lr), bs=bs, width=width)
+
+    warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated")  # fastai's import, nothing to do here
+    from fastai.torch_core import set_seed
+
+    from data import get_dls
+    from export import export
+    from lr_finder import range_test, undisturbed
+    from report import save_augmentations, save_history, save_lr_find
+    from run import RunLog, check_out, new_run_folder, print_config, save_weights, write_config
+
+    check_out(out)
+    dls = get_dls(
+        settings.data, settings.bs, seed, workers, valid, _device(device),
+        pad=settings.pad, flip=settings.flip, cutout=settings.cutout,
+    )  # fmt: skip
+    set_seed(seed)
+    learn = get_learner(dls, settings, norm)
+    run = learn.path = new_run_folder(recipe, out)
+    asked = {"recipe": recipe, **asdict(settings), "norm": norm, "seed": seed, "valid": valid}
+    print_config(write_config(run, learn, asked | {"lr": lr if lr == "auto" else settings.lr}))
+
+    bars = sys.stdout.isatty()  # in a file or a pipe a progress bar is a heap of carriage returns
+    with nullcontext() if bars else learn.no_bar(), nullcontext() if bars else learn.no_logging():
+        with undisturbed(learn):
+            print(f"\n{learn.summary()}\n")
+        save_augmentations(dls, run / "augmentations.png")
+
+        peak = settings.lr
+        if not no_lr_find:
+            test = range_test(learn)
+            peak = test.suggestion if lr == "auto" else peak
+            test.save(run, chosen=peak)
+            save_lr_find(test, run / "lr_find.png", chosen=None if lr_find_only else peak)
+            print(f"range test   {test}")
+            if lr_find_only:
+                again = _command(given, lr="LR", lr_find_only=False, out=None)
+                print(f"see          {run / 'lr_find.png'}\ntrain        {again}")
+                return
+            if peak is None:
+                raise InputError("--lr auto: the range test's curve is too short for a suggestion; pass --lr NUMBER")
+
+        log = RunLog(lines=not bars)
+        print(f"training     {settings.epochs} epochs, peak learning rate {peak:.3g}", flush=True)
+        learn.fit_one_cycle(settings.epochs, peak, pct_start=settings.pct_start, cbs=log)
+
+    last, best = log.history[-1], log.history[(log.best_epoch or 1) - 1]
+    if not isfinite(last["train_loss"]):
+        why = f"the training loss became {last['train_loss']} in epoch {last['epoch']}"
+        raise InputError(
+            f"{why}: a peak learning rate of {peak:.3g} is too high here, lower --lr; {run} keeps the history"
+        )
+    save_weights(learn, "last")
+    save_history(log.history, run, f"{dls.train_ds.items.name}, recipe {recipe}, width {settings.width}, seed {seed}")
+    export(learn, run / "export.pkl")
+    held_out = "a tenth of the training set" if valid == "holdout" else "here the test set"
+    print(f"""
+last epoch   {last["valid_accuracy"]:.2%} accuracy on the validation set, {held_out}
+best epoch   {best["valid_accuracy"]:.2%} in epoch {best["epoch"]}, chosen on the validation set, so a little too good to quote
+run folder   {run}: the pictures, history.csv, models/last.pth, models/best.pth, and export.pkl from the last epoch
+
+use it       python -c "from fastai.learner import load_learner; print(load_learner('{run}/export.pkl').predict('IMAGE.png'))"
+again        {_command(given, seed=seed + 1, out=None)}""")
+
+
+def _command(given: dict, **changes) -> str:
+    """The command line for the arguments of `main` in `given`, with `changes`; what has its default value is left out."""
+    words = ["python", "train_fastai.py"]
+    for name, parameter in inspect.signature(main).parameters.items():
+        value, option = {**given, **changes}[name], "--" + name.replace("_", "-")
+        if value != parameter.default:
+            words += [option] if value is True else [option, str(value)]
+    return shlex.join(words)
+
+
+def _learning_rate(lr: str | None) -> float | None:
+    """The number in `--lr`; None where the recipe or the range test says it."""
+    if lr in (None, "auto"):
+        return None
+    try:
+        return float(lr)
+    except ValueError:
+        raise InputError(f"--lr is {lr!r}: it must be a number or auto") from None
+
+
+def _device(name: str) -> "torch.device":
+    """The torch device of that name, checked for being there; "auto" is the best one there is."""
+    import torch
+    from fastai.torch_core import default_device
+
+    if name == "auto":
+        return default_device()
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError):  # an unknown name, and a known one that this torch or machine lacks
+        there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        there += ["mps"] if torch.backends.mps.is_available() else []
+        raise InputError(f"--device {name}: no such device here; this machine has {', '.join(there)}") from None
+    return torch.device("cuda", torch.cuda.current_device()) if name == "cuda" else device
+
+
+if __name__ == "__main__":
+    run_command(main)
