@@ -70,7 +70,8 @@ class KeyedDL(TfmdDL):
             images, labels = table.batch(list(indices))
             if self.augment is not None:
                 images = self.augment(images, self.epoch, positions_)
-            yield TensorImage(torch.from_numpy(images).permute(0, 3, 1, 2)), TensorCategory(torch.from_numpy(labels))
+            x, y = torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels)
+            yield (TensorImage(x), TensorCategory(y))[: len(self.dataset.tls)]  # a test set has no labels
 
 
 def get_dls(

@@ -10,6 +10,9 @@ from fastcore.script import anno_parser
 class InputError(ValueError):
     """Something the user gave cannot be used. The message is one line: the thing at fault, and what to do."""
 
+    def __init__(self, message: str):
+        super().__init__(" ".join(message.split()))  # a library's words in it can have several lines
+
 
 def run_command(func: Callable) -> None:
     """Call `func` with the command line that its signature describes, as fastcore's `call_parse` does, but strictly.
@@ -22,18 +25,19 @@ def run_command(func: Callable) -> None:
     options = [o for a in parser._actions for o in a.option_strings if a.help != "==SUPPRESS==" and len(o) > 2]
 
     def fail(message: str, code: int = 2):
-        print(f"{parser.prog}: error: {' '.join(str(message).split())}", file=sys.stderr)
+        print(f"{parser.prog}: error: {message}", file=sys.stderr)
         sys.exit(code)
 
     def usage_error(message: str):
         if message.startswith("unrecognized arguments: "):
             word = message.removeprefix("unrecognized arguments: ").split()[0]
-            near = difflib.get_close_matches(word.split("=")[0], options, n=1, cutoff=0.5)
+            near = [o for o in options if o.startswith(word)] or difflib.get_close_matches(word.split("=")[0], options)
             hint = f" (did you mean {near[0]}?)" if near else ""
             message = f"unknown option {word}{hint}; the options are {' '.join(options)}"
         fail(message)
 
     parser.error = usage_error
+    sys.stdout.reconfigure(line_buffering=True)  # whoever follows a log file sees each line as it comes
     args = vars(parser.parse_args())
     del args["pdb"], args["xtra"]  # call_parse's own hidden options
     try:

@@ -121,8 +121,8 @@ def save_weights(learn: Learner, name: str) -> Path:
 class RunLog(TrackerCallback):
     """Writes `history.csv` and the best weights after every epoch, and one line an epoch where `lines` is set.
 
-    The training loss and accuracy are means over the epoch's augmented batches, summed on the device. Training stops
-    after an epoch whose loss is not finite.
+    The training loss and accuracy are means over the epoch's augmented images; they stay on the device until it ends.
+    Training stops after an epoch whose loss is not finite.
     """
 
     def __init__(self, lines: bool):
@@ -130,23 +130,23 @@ class RunLog(TrackerCallback):
         self.lines, self.history, self.best_epoch = lines, [], None
 
     def before_epoch(self):
-        self.started, self.sums = perf_counter(), 0
+        self.started, self.sums, self.images = perf_counter(), [], 0
 
     def after_batch(self):
         if self.training:
             with torch.no_grad():
-                hits = (self.pred.argmax(1) == self.y).sum()
-                n = len(self.y)
-                self.sums = self.sums + torch.stack([self.loss.detach() * n, hits, torch.ones_like(hits) * n]).double()
+                hits = (self.pred.argmax(1) == self.y).float().mean()
+                self.sums.append(torch.stack([self.loss, hits]) * len(self.y))
+                self.images += len(self.y)
 
     def after_epoch(self):
         super().after_epoch()
-        loss, hits, n = self.sums.tolist()
+        loss, accuracy = (torch.stack(self.sums).cpu().double().sum(0) / self.images).tolist()
         valid = dict(zip(self.recorder.metric_names[1:], self.recorder.values[-1], strict=False))
         row = {
             "epoch": self.epoch + 1,
-            "train_loss": round(loss / n, 6),
-            "train_accuracy": round(hits / n, 6),
+            "train_loss": round(loss, 6),
+            "train_accuracy": round(accuracy, 6),
             "valid_loss": round(valid["valid_loss"], 6),
             "valid_accuracy": round(valid["accuracy"], 6),
             "lr": float(f"{self.opt.hypers[-1]['lr']:.6g}"),

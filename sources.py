@@ -49,9 +49,9 @@ def load_images(source: str | Path | ImageTable) -> ImageTable:
     try:
         if path.is_dir():
             inner = path / "cifar-10-batches-py"
-            return _read_folder(inner if inner.is_dir() else path)
+            return replace(_read_folder(inner if inner.is_dir() else path), name=path.resolve().name)
         if path.is_file():
-            return _read_archive(path)
+            return replace(_read_archive(path), name=path.name)
     except OSError as e:
         raise InputError(f"{e.filename or path}: cannot be read ({e.strerror or e}); check its permissions") from e
     raise InputError(f"{path}: no such file or folder; data is cifar10, digits, a folder or an archive of images")
@@ -66,30 +66,27 @@ def _decode(data: bytes, name: str) -> np.ndarray:
 
 
 def _download_cifar10() -> Path:
-    from fastai.data import external  # slow to import, and only needed here
-    from fastdownload import FastDownload, urldest
+    from fastai.data.external import URLs, fastai_path, untar_data  # slow to import, and needed by this source alone
 
-    url = external.URLs.CIFAR
-    cache = FastDownload(external.fastai_cfg(), module=external.fastai.data, base="~/.fastai")
-    archive = urldest(url, cache.arch_path())
-    if not cache.data_path("data", archive).exists() and not archive.exists():
-        _check_reachable(url)
-        print(f"downloading CIFAR-10 (135 MB) to {archive.parent}")
+    archive = fastai_path("archive") / Path(URLs.CIFAR).name
+    if not (fastai_path("data") / "cifar10").exists() and not archive.exists():
+        _check_reachable(URLs.CIFAR)
+        print(f"downloading CIFAR-10 (135 MB) to {archive}")
     quiet = nullcontext() if sys.stdout.isatty() else redirect_stdout(io.StringIO())  # the bar redraws itself with \r
     try:
         with quiet:
-            return external.untar_data(url)
+            return untar_data(URLs.CIFAR)
     except (OSError, tarfile.TarError, EOFError) as e:
         raise InputError(f"the download of CIFAR-10 failed ({e}); pass --data PATH or --data digits") from e
 
 
-def _check_reachable(url: str, timeout: float = 12) -> None:
+def _check_reachable(url: str, timeout: float = 6) -> None:
     """Raise InputError unless `url` answers in `timeout` seconds. In a thread, as no socket timeout covers the DNS."""
     outcome: list = []
 
     def probe():
         try:
-            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=timeout - 2).close()
+            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=timeout - 1).close()
             outcome.append(None)
         except Exception as e:
             outcome.append(getattr(e, "reason", e))
@@ -257,10 +254,10 @@ def _table(name: str, found: Found) -> ImageTable:
     names = sorted(classes["train"])
     if len(names) < 2:
         raise InputError(f"{name}: {len(names)} class in it; at least two are needed")
-    for (split, c), images in found.items():
-        if not images:
-            raise InputError(f"{name}: class {c!r} has no image in {split}; add some, or remove it from both sides")
     keys = [(split, c) for split in SPLITS for c in names]
+    for split, c in keys:
+        if not found[split, c]:
+            raise InputError(f"{name}: class {c!r} has no image in {split}; add some, or remove it from both sides")
     images = np.stack([pixels for key in keys for _, pixels in sorted(found[key], key=lambda image: image[0])])
     counts = [len(found[key]) for key in keys]
     labels = np.repeat([names.index(c) for _, c in keys], counts)

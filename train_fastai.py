@@ -40,7 +40,9 @@ def get_learner(dls: "DataLoaders", recipe: str | Recipe = "fast", norm: str = "
     """
     from functools import partial
 
-    import fastai.callback.all  # noqa: F401  gives every Learner lr_find, fit_one_cycle, summary and progress bars
+    import fastai.callback.hook  # gives every Learner its summary
+    import fastai.callback.progress  # its progress bars
+    import fastai.callback.schedule  # noqa: F401  lr_find and fit_one_cycle
     import torch
     from fastai.callback.channelslast import ChannelsLast
     from fastai.callback.fp16 import AMPMode, MixedPrecision
@@ -126,8 +128,9 @@ def main(
         if not no_lr_find:
             test = range_test(learn)
             peak = test.suggestion if lr == "auto" else peak
-            test.save(run, chosen=peak)
-            save_lr_find(test, run / "lr_find.png", chosen=None if lr_find_only else peak)
+            chosen = None if lr_find_only else peak
+            test.save(run, chosen)
+            save_lr_find(test, run / "lr_find.png", chosen)
             print(f"range test   {test}")
             if lr_find_only:
                 again = _command(given, lr="LR", lr_find_only=False, out=None)

@@ -1,0 +1,146 @@
+import albumentations as A
+import numpy as np
+import pytest
+import torch
+from fastai.data.block import CategoryBlock, DataBlock
+from fastai.data.transforms import AttrGetter, IndexSplitter, Normalize
+from fastai.vision.core import PILImage
+from fastai.vision.data import ImageBlock
+from fasttransform import Transform
+
+from aug import KeyedAugment, train_transforms
+from data import get_dls
+from images import ImageTable
+
+N = 64
+
+
+def one_image_many_times(seed=0):
+    """64 copies of one image to train on, and two others to validate on."""
+    noise = np.random.default_rng(seed).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
+    images = np.concatenate([np.repeat(noise[:1], N, axis=0), noise[1:]])
+    labels = np.array([0, 1] * (N // 2) + [0, 1])
+    return ImageTable("noise", ("a", "b"), images, labels, np.arange(N + 2) < N, rows=np.arange(N + 2))
+
+
+def draw_epoch(dl):
+    """The pixels of one epoch as bytes, one image an entry."""
+    scale = [(t.std, t.mean) for t in dl.after_batch.fs if isinstance(t, Normalize)] or [(1, 0)]
+    (std, mean) = scale[0]
+    return [
+        (255 * image).round().byte().permute(1, 2, 0).numpy().tobytes()
+        for batch in dl
+        for image in batch[0].as_subclass(torch.Tensor) * std + mean
+    ]
+
+
+def ours(workers, seed=0, bs=8):
+    return get_dls(one_image_many_times(), bs=bs, seed=seed, workers=workers, device="cpu").train
+
+
+class AlbumentationsTransform(Transform):
+    """What fastai's documentation shows, and what most projects do."""
+
+    split_idx = 0
+
+    def __init__(self, transforms):
+        self.transforms = transforms
+
+    def encodes(self, img: PILImage):
+        return PILImage.create(self.transforms(image=np.array(img))["image"])
+
+
+def documented(workers, seed=0, bs=8):
+    table = one_image_many_times()
+    block = DataBlock(
+        blocks=(ImageBlock, CategoryBlock),
+        get_x=AttrGetter("image"),
+        get_y=AttrGetter("label"),
+        splitter=IndexSplitter([N, N + 1]),
+        item_tfms=AlbumentationsTransform(train_transforms()),
+    )
+    return block.dataloaders(table, bs=bs, num_workers=workers, device="cpu").train
+
+
+def check_randomness(make_loader):
+    """The rule: every draw is another, for every number of workers the same ones, and others in the next epoch."""
+    epochs = {}
+    for workers in (0, 1, 2, 4):
+        loader = make_loader(workers)
+        epochs[workers] = [draw_epoch(loader), draw_epoch(loader)]
+        first, second = epochs[workers]
+        assert len(first) == len(second) == N
+        assert len(set(first)) == N
+        assert len(set(first + second)) == 2 * N
+    assert epochs[0] == epochs[1] == epochs[2] == epochs[4]
+
+
+def test_augmentation_depends_on_seed_epoch_and_position_alone():
+    check_randomness(ours)
+
+
+def test_the_documented_way_fails_the_same_test():
+    with pytest.raises(AssertionError):
+        check_randomness(documented)
+    loader = documented(workers=2)
+    first, second = draw_epoch(loader), draw_epoch(loader)
+    assert len(set(first)) <= N // 2, "two workers draw the same"
+    assert set(first) == set(second), "the second epoch repeats the first"
+
+
+def test_another_seed_draws_otherwise():
+    assert not set(draw_epoch(ours(0))) & set(draw_epoch(ours(0, seed=1)))
+
+
+def test_batch_size_and_a_broken_off_epoch_change_nothing():
+    loader = ours(0)
+    loader.one_batch()
+    loader.epoch = -1
+    assert draw_epoch(loader) == draw_epoch(ours(2, bs=16))
+
+
+def test_setting_the_epoch_repeats_it():
+    loader = ours(0)
+    epochs = [draw_epoch(loader) for _ in range(3)]
+    loader.epoch = 0
+    assert draw_epoch(loader) == epochs[1]
+
+
+def test_a_crop_is_a_window_of_the_reflected_image():
+    image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    padded = np.pad(image, ((4, 4), (4, 4), (0, 0)), mode="reflect")
+    windows = {padded[i : i + 32, j : j + 32].tobytes(): (i, j) for i in range(9) for j in range(9)}
+    augment = KeyedAugment(train_transforms(flip=0, cutout=0))
+    seen = {windows[out.tobytes()] for out in augment(np.repeat(image[None], 2000, axis=0), 0, range(2000))}
+    assert seen == set(windows.values())
+
+
+def test_half_of_the_images_are_flipped():
+    images = np.random.default_rng(0).integers(0, 256, (2000, 32, 32, 3), dtype=np.uint8)
+    out = KeyedAugment(train_transforms(pad=0, cutout=0))(images, 0, range(2000))
+    flipped = (out == images[:, :, ::-1]).all((1, 2, 3))
+    assert (flipped | (out == images).all((1, 2, 3))).all()
+    assert 900 < flipped.sum() < 1100
+
+
+def test_the_cutout_is_one_square_of_the_fill_colour_anywhere_in_the_image():
+    images = np.zeros((2000, 32, 32, 3), dtype=np.uint8)
+    out = KeyedAugment(train_transforms(pad=0, flip=0, fill=(1, 2, 3)))(images, 0, range(2000))
+    hole = (out == (1, 2, 3)).all(-1)
+    assert (hole.sum((1, 2)) == 64).all()
+    assert (out[~hole] == 0).all()
+    tops, lefts = hole.any(2).argmax(1), hole.any(1).argmax(1)
+    assert all(hole[i, t : t + 8, x : x + 8].all() for i, (t, x) in enumerate(zip(tops, lefts, strict=True)))
+    assert set(tops) == set(lefts) == set(range(25))
+
+
+def test_validation_images_are_never_augmented():
+    table = one_image_many_times()
+    dls = get_dls(table, bs=8, device="cpu", workers=0)
+    images = list(table.images[N:])
+    for dl in (dls.valid, dls.test_dl(table[[N, N + 1]]), dls.test_dl(images)):
+        assert draw_epoch(dl) == [image.tobytes() for image in images]
+
+
+def test_the_pipeline_is_an_albumentations_compose():
+    assert isinstance(train_transforms(), A.Compose)

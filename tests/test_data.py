@@ -1,0 +1,422 @@
+import io
+import os
+import pickle
+import struct
+import tarfile
+import time
+import urllib.request
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from fastai.data.external import fastai_cfg
+from PIL import Image
+
+from data import get_dls
+from errors import InputError
+from images import ImageTable
+from sources import CIFAR10_STATS, load_images
+
+CIFAR_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+
+
+class Python2Pickler(pickle._Pickler):
+    """Writes bytes as Python 2 wrote its strings, as in the official batch files."""
+
+    dispatch = dict(pickle._Pickler.dispatch)
+
+    def save_bytes(self, obj):
+        self.write(pickle.BINSTRING + struct.pack("<i", len(obj)) + obj)
+
+    dispatch[bytes] = save_bytes
+
+
+def python2_pickle(obj):
+    file = io.BytesIO()
+    Python2Pickler(file, protocol=2).dump(obj)
+    return file.getvalue().replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
+
+
+@pytest.fixture
+def batches(tmp_path):
+    """The official layout with 4 images of each class a file."""
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for name in [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]:
+        data = rng.integers(0, 256, (40, 3072), dtype=np.uint8)
+        labels = rng.permutation(np.repeat(range(10), 4)).tolist()
+        (folder / name).write_bytes(python2_pickle({b"data": data, b"labels": labels, b"batch_label": b"some"}))
+    (folder / "batches.meta").write_bytes(python2_pickle({b"label_names": [c.encode() for c in CIFAR_CLASSES]}))
+    return folder
+
+
+def tar(path, mode, root):
+    with tarfile.open(path, mode) as archive:
+        archive.add(root, arcname="top/inner")
+    return path
+
+
+def zipped(path, root):
+    with zipfile.ZipFile(path, "w") as archive:
+        for file in sorted(root.rglob("*")):
+            archive.write(file, file.relative_to(root))
+    return path
+
+
+def refusal(source, **options):
+    """The one line that says why `source` cannot be used."""
+    with pytest.raises(InputError) as error:
+        get_dls(source, bs=2, device="cpu", **options)
+    line = str(error.value)
+    assert "\n" not in line
+    return line
+
+
+# Sources
+
+
+def test_digits():
+    table = load_images("digits")
+    assert len(table) == 1797
+    assert table.images.shape == (1797, 32, 32, 3)
+    assert table.images.dtype == np.uint8
+    assert (table.images.min(), table.images.max()) == (0, 255)
+    for label in range(10):
+        mine = table.labels == label
+        assert abs((mine & table.is_train).sum() / mine.sum() - 0.8) < 0.01
+    assert table.fingerprint() == load_images("digits").fingerprint()
+
+
+def test_a_folder_keeps_its_pixels_classes_and_split(image_folder):
+    root = image_folder(classes=("a class", "größe"))
+    table = load_images(root)
+    assert table.classes == ("a class", "größe")
+    assert (table.is_train.sum(), (~table.is_train).sum()) == (8, 4)
+    for i in range(4):
+        expected = np.asarray(Image.open(root / "train" / "größe" / f"{i:03}.png"))
+        assert np.array_equal(table[4 + i].image, expected)
+        assert table[4 + i].label == "größe"
+
+
+def test_other_sizes_modes_and_suffixes_become_32x32_rgb(image_folder):
+    root = image_folder(size=(50, 20), suffix=".JPG")
+    Image.fromarray(np.full((7, 9), 200, dtype=np.uint8)).save(root / "train/cat/grey.png")
+    Image.fromarray(np.full((64, 64, 4), 100, dtype=np.uint8)).save(root / "train/cat/rgba.png")
+    (root / "train/cat/.DS_Store").write_text("left by a file manager")
+    table = load_images(root)
+    assert table.images.shape == (14, 32, 32, 3)
+    assert (table.images[4] == 200).all(), "grey.png, sorted after 000.JPG to 003.JPG"
+    assert (table.images[5] == 100).all(), "rgba.png"
+
+
+@pytest.mark.parametrize("name", ["a.tgz", "a.tar.gz", "a.tar.xz", "a.zip"])
+def test_an_archive_is_its_folder(image_folder, tmp_path, name):
+    root = image_folder()
+    path = tmp_path / name
+    if name.endswith(".zip"):
+        zipped(path, root)
+    else:
+        tar(path, "w:xz" if name.endswith("xz") else "w:gz", root)
+    assert load_images(path).fingerprint() == load_images(root).fingerprint()
+
+
+def test_the_fingerprint_tells_other_data(image_folder, tmp_path):
+    root = image_folder()
+    before = load_images(root).fingerprint()
+    Image.fromarray(np.zeros((32, 32, 3), dtype=np.uint8)).save(root / "train/cat/000.png")
+    assert load_images(root).fingerprint() != before
+
+
+def test_the_official_batches_as_folder_parent_and_archive(batches, tmp_path):
+    table = load_images(batches)
+    assert table.classes == tuple(CIFAR_CLASSES)
+    assert (table.is_train.sum(), (~table.is_train).sum()) == (200, 40)
+    content = pickle.loads((batches / "data_batch_1").read_bytes(), encoding="bytes")
+    row = content[b"labels"].index(3)
+    image = content[b"data"][row].reshape(3, 32, 32).transpose(1, 2, 0)
+    assert any(np.array_equal(image, other) for other in table.images[table.is_train & (table.labels == 3)])
+    archive = tmp_path / "cifar-10-python.tar.gz"
+    with tarfile.open(archive, "w:gz") as file:
+        file.add(batches, arcname="cifar-10-batches-py")
+    assert load_images(tmp_path).fingerprint() == table.fingerprint(), "the folder that holds the folder"
+    assert load_images(archive).fingerprint() == table.fingerprint()
+
+
+# Loaders
+
+
+def test_normalisation_is_cifars_own_for_cifar_and_measured_otherwise(batches, image_folder):
+    def stats(dls):
+        norm = next(t for t in dls.after_batch.fs if hasattr(t, "mean"))
+        return norm.mean.flatten().tolist(), norm.std.flatten().tolist()
+
+    mean, std = stats(get_dls(batches, bs=8, device="cpu"))
+    assert mean == pytest.approx(CIFAR10_STATS[0])
+    assert std == pytest.approx(CIFAR10_STATS[1])
+    root = image_folder()
+    Image.fromarray(np.full((32, 32, 3), 9, dtype=np.uint8)).save(root / "test/cat/000.png")
+    pixels = np.stack([np.asarray(Image.open(p)) for p in sorted(root.glob("train/*/*"))]) / 255
+    mean, std = stats(get_dls(root, bs=8, device="cpu"))
+    assert mean == pytest.approx(pixels.mean((0, 1, 2)).tolist())
+    assert std == pytest.approx(pixels.std((0, 1, 2)).tolist())
+
+
+def test_batches_are_normalised_channels_last_floats():
+    dls = get_dls("digits", bs=64, device="cpu", pad=0, flip=0, cutout=0)
+    x, y = zip(*dls.train, strict=True)
+    x, y = torch.cat(x), torch.cat(y)
+    assert x.dtype == torch.float32
+    assert x.shape == (22 * 64, 3, 32, 32)
+    assert x.is_contiguous(memory_format=torch.channels_last)
+    assert abs(float(x.mean())) < 0.02
+    assert abs(float(x.std()) - 1) < 0.02
+    assert sorted(y.unique().tolist()) == list(range(10))
+
+
+def test_an_epoch_has_each_image_once_in_an_order_of_its_own():
+    images = np.arange(100, dtype=np.uint8).repeat(3072).reshape(100, 32, 32, 3)
+    table = ImageTable("numbers", ("a", "b"), images, np.arange(100) % 2, np.arange(100) < 80, np.arange(100))
+    dls = get_dls(table, bs=8, workers=2, device="cpu", pad=0, flip=0, cutout=0)
+
+    def epoch(dl):
+        mean, std = table[range(80)].measure()
+        x, y = zip(*dl, strict=True)
+        values = ((torch.cat(x)[:, 0, 0, 0] * std[0] + mean[0]) * 255).round().int().tolist()
+        assert [v % 2 for v in values] == torch.cat(y).tolist(), "labels stay with their images"
+        return values
+
+    first, second = epoch(dls.train), epoch(dls.train)
+    assert sorted(first) == sorted(second) == list(range(80))
+    assert first != second
+    assert epoch(dls.valid) == list(range(80, 100))
+
+
+def test_holdout_is_a_balanced_tenth_of_the_training_set_chosen_by_the_seed():
+    test, first, again, other = (
+        get_dls("digits", bs=64, valid=valid, seed=seed, device="cpu")
+        for valid, seed in [("test", 0), ("holdout", 0), ("holdout", 0), ("holdout", 1)]
+    )
+    train_rows = set(test.train_ds.items.rows)
+    held_out, kept = set(first.valid_ds.items.rows), set(first.train_ds.items.rows)
+    assert held_out | kept == train_rows
+    assert not held_out & kept
+    labels = first.valid_ds.items.labels[sorted(held_out)]
+    counts = np.bincount(test.train_ds.items.labels[sorted(train_rows)])
+    assert np.abs(np.bincount(labels) - counts / 10).max() <= 0.5
+    assert held_out == set(again.valid_ds.items.rows)
+    assert held_out != set(other.valid_ds.items.rows)
+
+
+def test_show_batch_shows_true_colours_and_class_names(image_folder):
+    from matplotlib import pyplot as plt
+
+    root = image_folder(classes=("red", "green"), train=4)
+    for colour, rgb in (("red", (250, 10, 20)), ("green", (10, 240, 30))):
+        for path in root.glob(f"*/{colour}/*"):
+            Image.new("RGB", (32, 32), rgb).save(path)
+    dls = get_dls(root, bs=8, device="cpu", cutout=0)
+    plt.switch_backend("agg")
+    dls.show_batch(max_n=8)
+    for ax in plt.gcf().axes[:8]:
+        expected = {"red": (250, 10, 20), "green": (10, 240, 30)}[ax.get_title()]
+        assert np.abs(np.asarray(ax.images[0].get_array()).reshape(-1, 3) - expected).max() <= 1
+    plt.close("all")
+
+
+# Bad input
+
+
+def test_nothing_there(tmp_path):
+    assert "no such file or folder" in refusal(tmp_path / "missing")
+
+
+def test_a_folder_without_the_layout(tmp_path, image_folder):
+    assert "no train folder" in refusal(tmp_path)
+    root = image_folder()
+    (root / "test").rename(root / "val")
+    assert "no test folder" in refusal(root)
+
+
+@pytest.mark.parametrize(
+    ("content", "name", "expected"),
+    [
+        (b"these are words", "words.png", "words.png: not a readable image"),
+        (b"", "empty.jpg", "empty.jpg: not a readable image"),
+        (b"notes", "notes.txt", "notes.txt: not a .jpg or .jpeg or .png image"),
+    ],
+)
+def test_a_file_that_is_no_image_is_named(image_folder, tmp_path, content, name, expected):
+    root = image_folder()
+    (root / "test/dog" / name).write_bytes(content)
+    line = refusal(root)
+    assert str(root / "test/dog") in line
+    assert expected in line
+    assert f"inner/test/dog/{expected}" in refusal(tar(tmp_path / "a.tgz", "w:gz", root))
+    assert f"test/dog/{expected}" in refusal(zipped(tmp_path / "a.zip", root))
+
+
+def test_a_truncated_image_is_named(image_folder):
+    path = image_folder() / "train/cat/000.png"
+    path.write_bytes(path.read_bytes()[:1000])
+    assert f"{path}: not a readable image" in refusal(path.parents[2])
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_class_on_one_side_only_or_empty_is_named(image_folder, tmp_path, split):
+    root = image_folder()
+    (root / split / "owl").mkdir()
+    other = "test" if split == "train" else "train"
+    assert f"class 'owl' is in {split} but not in {other}" in refusal(root)
+    (root / other / "owl").mkdir()
+    assert "class 'owl' has no image in train" in refusal(root)
+    assert "class 'owl' has no image in train" in refusal(tar(tmp_path / "a.tgz", "w:gz", root))
+
+
+def test_one_class_is_not_enough(image_folder):
+    assert "1 class in it; at least two" in refusal(image_folder(classes=("cat",)))
+
+
+def test_a_stray_file_beside_the_classes_is_named(image_folder):
+    root = image_folder()
+    (root / "train/labels.txt").write_text("cat dog")
+    assert f"{root / 'train/labels.txt'}: a file where the folder of a class should be" in refusal(root)
+
+
+def test_a_folder_inside_a_class_is_named(image_folder, tmp_path):
+    root = image_folder()
+    (root / "train/cat/more.png").mkdir()
+    (root / "train/cat/more.png/000.png").write_bytes((root / "train/cat/000.png").read_bytes())
+    assert "more.png" in refusal(root)
+    assert "images must lie at train/<class>/" in refusal(tar(tmp_path / "a.tgz", "w:gz", root))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+def test_an_unreadable_folder_is_named(image_folder):
+    root = image_folder()
+    (root / "train/cat").chmod(0)
+    assert "train/cat" in refusal(root)
+
+
+def test_a_file_that_is_no_archive(tmp_path):
+    (tmp_path / "notes.txt").write_text("notes")
+    assert "neither a folder nor an archive" in refusal(tmp_path / "notes.txt")
+
+
+@pytest.mark.parametrize("name", ["a.tgz", "a.tar.xz", "a.zip"])
+def test_a_damaged_archive(image_folder, tmp_path, name):
+    path = tmp_path / name
+    path.write_bytes(b"no archive at all")
+    assert "damaged" in refusal(path)
+    root = image_folder()
+    whole = zipped(path, root) if name == "a.zip" else tar(path, "w:xz" if "xz" in name else "w:gz", root)
+    path.write_bytes(whole.read_bytes()[:-2000])
+    assert "damaged" in refusal(path)
+
+
+@pytest.mark.parametrize("member", ["../evil.png", "/tmp/evil.png", "train/../../evil.png"])
+def test_an_archive_that_points_outside_is_refused(image_folder, tmp_path, member):
+    root = image_folder()
+    with tarfile.open(tar(tmp_path / "a.tar", "w", root), "a") as archive:
+        archive.addfile(tarfile.TarInfo(member))
+    (tmp_path / "a.tar").rename(tmp_path / "a.tgz")
+    assert "points outside the archive" in refusal(tmp_path / "a.tgz")
+    with zipfile.ZipFile(zipped(tmp_path / "a.zip", root), "a") as archive:
+        archive.writestr(member, b"")
+    assert "points outside the archive" in refusal(tmp_path / "a.zip")
+
+
+def test_an_archive_with_a_link_is_refused(image_folder, tmp_path):
+    root = image_folder()
+    (root / "train/cat/link.png").symlink_to("/etc/passwd")
+    assert "link" in refusal(tar(tmp_path / "a.tgz", "w:gz", root))
+
+
+def test_an_archive_of_something_else(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/readme.txt").write_text("words")
+    assert "holds neither" in refusal(tar(tmp_path / "a.tgz", "w:gz", tmp_path / "folder"))
+
+
+def test_a_missing_batch_file_is_named(batches):
+    (batches / "data_batch_3").unlink()
+    assert "data_batch_3 is missing" in refusal(batches)
+
+
+def test_a_batch_file_that_would_run_code_is_refused_and_does_not_run(batches, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "evil"),)
+
+    (batches / "data_batch_2").write_bytes(pickle.dumps({"data": Evil(), "labels": []}, protocol=2))
+    assert "data_batch_2: not an official CIFAR-10 file" in refusal(batches)
+    assert not (tmp_path / "evil").exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {b"data": np.zeros((2, 100), dtype=np.uint8), b"labels": [0, 1]},
+        {b"data": np.zeros((2, 3072), dtype=np.float32), b"labels": [0, 1]},
+        {b"data": np.zeros((2, 3072), dtype=np.uint8), b"labels": [0]},
+        {b"data": np.zeros((2, 3072), dtype=np.uint8), b"labels": [0, 10]},
+        {b"labels": [0]},
+        [1, 2],
+    ],
+)
+def test_a_batch_file_with_other_content_is_named(batches, content):
+    (batches / "test_batch").write_bytes(python2_pickle(content))
+    assert "test_batch" in refusal(batches)
+
+
+def test_a_truncated_batch_file_is_named(batches):
+    path = batches / "data_batch_5"
+    path.write_bytes(path.read_bytes()[:5000])
+    assert "data_batch_5: not an official CIFAR-10 file" in refusal(batches)
+
+
+def test_options_out_of_range(image_folder):
+    root = image_folder()
+    for options, expected in (
+        ({"bs": 9}, "bs is 9, but there are 8 training images"),
+        ({"bs": 1}, "bs is 1"),
+        ({"seed": -1}, "seed is -1"),
+        ({"workers": -1}, "workers is -1"),
+        ({"valid": "train"}, "valid is 'train': it must be one of test, holdout"),
+    ):
+        with pytest.raises(InputError, match=expected):
+            get_dls(root, **{"bs": 2, "device": "cpu", **options})
+    assert "has one training image" in refusal(image_folder(train=1, root=root.parent / "few"), valid="holdout")
+
+
+@pytest.fixture
+def fastai_home(monkeypatch, tmp_path):
+    """An empty folder as fastai's cache."""
+    monkeypatch.setenv("FASTAI_HOME", str(tmp_path / "fastai"))
+    fastai_cfg.cache_clear()
+    yield tmp_path / "fastai"
+    fastai_cfg.cache_clear()
+
+
+@pytest.mark.parametrize("behaviour", ["refuses", "hangs"])
+def test_cifar10_without_network_and_cache_names_the_ways_out_soon(monkeypatch, fastai_home, behaviour):
+    def urlopen(*_, **__):
+        if behaviour == "hangs":
+            time.sleep(30)
+        raise OSError("Network is unreachable")
+
+    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
+    start = time.perf_counter()
+    line = refusal("cifar10")
+    assert time.perf_counter() - start < 8
+    assert "--data PATH" in line
+    assert "--data digits" in line
+
+
+def test_cifar10_comes_from_fastais_cache(fastai_home, image_folder):
+    root = image_folder(classes=CIFAR_CLASSES, root=fastai_home / "data" / "cifar10")
+    table = load_images("cifar10")
+    assert table.name == "cifar10"
+    assert table.stats == CIFAR10_STATS
+    assert table.fingerprint() == load_images(root).fingerprint()

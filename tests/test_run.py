@@ -1,0 +1,67 @@
+import csv
+
+import pytest
+
+from errors import InputError
+from recipes import RECIPES, get_recipe
+from run import complete, new_run_folder, write_csv, write_json
+
+
+def test_a_file_is_complete_or_not_there(tmp_path):
+    path = tmp_path / "a.txt"
+    with pytest.raises(RuntimeError, match="boom"), complete(path) as beside:
+        beside.write_text("half")
+        raise RuntimeError("boom")
+    assert list(tmp_path.iterdir()) == []
+    path.write_text("old")
+    with complete(path) as beside:
+        beside.write_text("new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [path]
+    with pytest.raises(TypeError):
+        write_json(path, {"no": object()})
+    with pytest.raises(csv.Error):
+        write_csv(path, ["a"], [3])
+    assert path.read_text() == "new"
+
+
+def test_runs_are_numbered_and_never_shared(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = [str(new_run_folder(recipe)) for recipe in ("fast", "demo", "fast")]
+    assert names == ["runs/001-fast", "runs/002-demo", "runs/003-fast"]
+    (tmp_path / "runs/041-mine").mkdir()
+    assert str(new_run_folder("demo")) == "runs/042-demo"
+
+
+def test_out_is_made_or_refused(tmp_path):
+    assert new_run_folder("demo", str(tmp_path / "deep/er")).is_dir()
+    (tmp_path / "file").write_text("mine")
+    for out, why in ((tmp_path, "not empty"), (tmp_path / "file", "this is a file"), ("/proc/none", "cannot be made")):
+        with pytest.raises(InputError, match=why):
+            new_run_folder("demo", str(out))
+
+
+def test_the_named_recipes():
+    fast = RECIPES["fast"]
+    assert (fast.epochs, fast.bs, fast.momentum, fast.lr, fast.wd, fast.logit_scale) == (24, 512, 0.9, 0.4, 5e-4, 0.125)
+    assert fast.label_smoothing > 0
+    assert (RECIPES["demo"].data, RECIPES["demo"].width) == ("digits", 16)
+    assert get_recipe("fast", epochs=3, lr=None).epochs == 3
+    assert get_recipe("fast", epochs=3, lr=None).lr == 0.4
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"epochs": -1}, "epochs is -1"),
+        ({"speed": 3}, "no speed; it has data"),
+        ({"momentum": 0}, "momentum is 0"),
+        ({"lr": float("inf")}, "lr is inf"),
+    ],
+)
+def test_a_recipe_out_of_range_is_refused(changes, why):
+    with pytest.raises(InputError, match=why):
+        get_recipe("fast", **changes)
+    with pytest.raises(InputError, match="no recipe 'slow'; the recipes are fast, demo"):
+        get_recipe("slow")

@@ -1,0 +1,271 @@
+"""The main job, as a user runs it."""
+
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+
+from data import get_dls
+from export import export
+from recipes import get_recipe
+from train_fastai import get_learner, main
+
+FILES = {
+    "config.json", "history.csv", "augmentations.png", "loss.png", "accuracy.png", "export.pkl",
+    "lr_find.png", "lr_find.csv", "lr_find.json", "models/best.pth", "models/last.pth",
+}  # fmt: skip
+TINY = ("--recipe", "demo", "--width", "4", "--device", "cpu")
+LOAD = """
+import sys, warnings
+warnings.simplefilter("ignore")
+from fastai.learner import load_learner
+from PIL import Image
+import numpy as np
+from pathlib import Path
+model, folder = sys.argv[1:]
+learn = load_learner(model)
+learn.remove_cb(learn.progress) if hasattr(learn, "progress") else None
+paths = sorted(Path(folder).glob("*.png"))
+logits, _ = learn.get_preds(dl=learn.dls.test_dl(paths, bs=64, num_workers=0))
+names = [learn.dls.vocab[i] for i in logits.argmax(1)]
+print("accuracy", sum(name == path.name[0] for name, path in zip(names, paths)) / len(paths))
+for path, name in list(zip(paths, names))[:3]:
+    image = Image.open(path)
+    for item in (path, str(path), image, image.convert("RGBA"), np.array(image), path.read_bytes()):
+        label, index, probabilities = learn.predict(item)
+        assert label == name and abs(float(probabilities.sum()) - 1) < 1e-5, (path, type(item), label, name)
+ours = {"train_fastai", "data", "images", "model", "aug", "export", "errors", "albumentations"} & set(sys.modules)
+assert not ours, ours
+"""
+
+
+def files(folder):
+    return {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+
+
+def weights(folder, name="last"):
+    return torch.load(folder / f"models/{name}.pth", weights_only=True)
+
+
+def same_weights(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_the_whole_job(command, tmp_path):
+    result = command(*TINY, "--epochs", 3, "--lr", 0.2, "--seed", 7)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    run = tmp_path / "cwd/runs/001-demo"
+    assert files(run) == FILES
+
+    config = json.loads((run / "config.json").read_text())
+    asked = {"recipe": "demo", "data": "digits", "epochs": 3, "lr": 0.2, "width": 4, "seed": 7, "device": "cpu"}
+    assert asked.items() <= config.items()
+    assert config["images"] == {"train": 1438, "valid": 359}
+    assert re.fullmatch("[0-9a-f]{64}", config["fingerprint"])
+    assert config["versions"]["torch"] == torch.__version__.split("+")[0]
+
+    rows = list(csv.DictReader((run / "history.csv").open()))
+    columns = "epoch train_loss train_accuracy valid_loss valid_accuracy lr seconds"
+    assert [" ".join(row) for row in rows] == [columns] * 3
+    assert [row["epoch"] for row in rows] == ["1", "2", "3"]
+    assert all(0 <= float(row[f"{part}_accuracy"]) <= 1 for row in rows for part in ("train", "valid"))
+    assert float(rows[-1]["train_loss"]) < float(rows[0]["train_loss"])
+    assert float(rows[-1]["lr"]) < 1e-3 < float(rows[0]["lr"]) <= 0.2
+
+    test = json.loads((run / "lr_find.json").read_text())
+    assert test["chosen"] == 0.2
+    assert set(test["suggestions"]) == {"valley", "slide", "minimum", "steep"}
+    points = list(csv.DictReader((run / "lr_find.csv").open()))
+    assert len(points) > 20
+    assert all(float(p["lr"]) > 0 and np.isfinite(float(p["loss"])) for p in points)
+    for picture in run.glob("*.png"):
+        assert np.asarray(Image.open(picture).convert("RGB")).std() > 10, f"{picture} shows something"
+
+    out = result.stdout
+    assert "\r" not in out, "no progress bars in a file"
+    assert len([line for line in out.splitlines() if re.match(r"epoch +\d+/3 .* train loss", line)]) == 3
+    for expected in ("Conv2d", "Total params: 26,350", "chosen on the validation set", "load_learner", "--seed 8"):
+        assert expected in out
+    last, best = (100 * max(float(r["valid_accuracy"]) for r in part) for part in (rows[-1:], rows))
+    assert f"last epoch   {last:.2f}%" in out
+    assert f"best epoch   {best:.2f}%" in out
+
+    assert command(*TINY, "--epochs", 1, "--no-lr-find").returncode == 0
+    assert files(tmp_path / "cwd/runs/002-demo") == {name for name in FILES if "lr_find" not in name}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_one_seed_one_result_with_and_without_the_range_test(tmp_path, capsys, workers):
+    common = {"recipe": "demo", "width": 4, "epochs": 2, "device": "cpu", "workers": workers}
+    main(**common, seed=1, out=str(tmp_path / "a"))
+    main(**common, seed=1, out=str(tmp_path / "b"), no_lr_find=True)
+    first, second = weights(tmp_path / "a"), weights(tmp_path / "b")
+    assert same_weights(first, second)
+    main(**{**common, "workers": 2 - workers, "epochs": 1}, seed=1, out=str(tmp_path / "c"), no_lr_find=True)
+    main(**{**common, "epochs": 1}, seed=1, out=str(tmp_path / "d"), no_lr_find=True)
+    assert same_weights(weights(tmp_path / "c"), weights(tmp_path / "d")), "whatever the number of workers"
+    main(**{**common, "epochs": 1}, seed=2, out=str(tmp_path / "e"), no_lr_find=True)
+    assert not same_weights(weights(tmp_path / "d"), weights(tmp_path / "e"))
+
+
+def test_best_weights_are_those_of_the_best_epoch(tmp_path, capsys):
+    main(recipe="demo", width=4, epochs=4, lr="0.2", device="cpu", out=str(tmp_path / "run"), no_lr_find=True)
+    rows = list(csv.DictReader((tmp_path / "run/history.csv").open()))
+    dls = get_dls("digits", bs=64, flip=0, device="cpu")
+    learn = get_learner(dls, get_recipe("demo", width=4), path=tmp_path / "run")
+    learn.remove_cb(learn.progress)
+    accuracies = [float(row["valid_accuracy"]) for row in rows]
+    for name, expected in (("best", max(accuracies)), ("last", accuracies[-1])):
+        learn.load(name, with_opt=False)
+        assert learn.validate()[1] == pytest.approx(expected, abs=1e-6)
+
+
+def test_lr_auto_trains_at_the_suggestion(tmp_path, capsys):
+    main(recipe="demo", width=4, epochs=1, lr="auto", device="cpu", out=str(tmp_path / "run"))
+    test = json.loads((tmp_path / "run/lr_find.json").read_text())
+    assert test["chosen"] == test["suggestions"][test["default"]]
+    assert f"peak learning rate {test['chosen']:.3g}" in capsys.readouterr().out
+    assert json.loads((tmp_path / "run/config.json").read_text())["lr"] == "auto"
+
+
+def test_lr_find_only_stops_there(tmp_path, capsys):
+    main(recipe="demo", width=4, device="cpu", out=str(tmp_path / "run"), lr_find_only=True)
+    assert files(tmp_path / "run") == {"config.json", "augmentations.png", "lr_find.png", "lr_find.csv", "lr_find.json"}
+    out = capsys.readouterr().out
+    assert "python train_fastai.py --recipe demo --lr LR --width 4 --device cpu" in out
+
+
+def test_the_exported_learner_needs_nothing_of_this_project(learner, tmp_path):
+    export(learner, tmp_path / "export.pkl")
+    accuracy = learner.validate()[1]
+    valid = learner.dls.valid_ds.items
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i, item in enumerate(valid[j] for j in range(len(valid))):
+        Image.fromarray(item.image).save(folder / f"{item.label}-{i:03}.png")
+    # -I leaves out the current folder and PYTHONPATH; the test's own path must not help either.
+    words = [sys.executable, "-I", "-c", LOAD, str(tmp_path / "export.pkl"), str(folder)]
+    result = subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert float(result.stdout.split()[1]) == pytest.approx(accuracy)
+    assert accuracy > 0.9
+    check = subprocess.run([sys.executable, "-I", "-c", "import model"], cwd=folder, capture_output=True, text=True)
+    assert "ModuleNotFoundError" in check.stderr, "the project is not on the path of that process"
+    assert find_spec("model") is not None
+
+
+def test_everything_a_notebook_calls_works(learner, tmp_path):
+    from matplotlib import pyplot as plt
+
+    plt.switch_backend("agg")
+    learner.remove_cb(learner.progress) if hasattr(learner, "progress") else None
+    assert "Total params: 412,954" in learner.summary()
+    assert learner.lr_find().valley > 0
+    learner.show_results()
+    learner.dls.show_batch()
+    assert any(ax.images for ax in plt.gcf().axes)
+    plt.close("all")
+    with learner.no_logging():
+        learner.fit_one_cycle(1, 0.01)
+    learner.export("mine.pkl")
+    assert (learner.path / "mine.pkl").stat().st_size > 1_000_000
+    image = learner.dls.valid_ds.items[0]
+    assert learner.predict(image.image)[0] == image.label
+
+
+# Bad input
+
+
+def line_of(result):
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert result.stderr.count("\n") == 1, result.stderr
+    assert "Traceback" not in result.stderr
+    return result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ("--epoch 3", "unknown option --epoch (did you mean --epochs?); the options are --help --data --recipe"),
+        ("--lr-find", "unknown option --lr-find (did you mean --lr-find-only?)"),
+        ("digits", "unknown option digits"),
+        ("--recipe fsat", "'fsat' (choose from 'fast', 'demo')"),
+        ("--norm instance", "'instance' (choose from 'batch', 'layer', 'group')"),
+        ("--valid val", "'val' (choose from 'test', 'holdout')"),
+        ("--epochs ten", "argument --epochs: invalid int value: 'ten'"),
+        ("--epochs", "argument --epochs: expected one argument"),
+        ("--epochs 0", "epochs is 0: it must be from 1"),
+        ("--bs -4", "bs is -4: it must be from 2"),
+        ("--width 0", "width is 0: it must be from 1"),
+        ("--lr 0", "lr is 0.0: it must be above 0"),
+        ("--lr nan", "lr is nan: it must be above 0"),
+        ("--lr fast", "--lr is 'fast': it must be a number or auto"),
+        ("--no-lr-find --lr auto", "--no-lr-find contradicts --lr auto"),
+        ("--no-lr-find --lr-find-only", "--no-lr-find contradicts --lr-find-only"),
+    ],
+)
+def test_a_wrong_option_is_one_line(command, tmp_path, arguments, expected):
+    assert expected in line_of(command(*arguments.split()))
+    assert files(tmp_path / "cwd") == set()
+
+
+def test_wrong_values_found_later_are_one_line_too_and_leave_nothing(command, tmp_path, image_folder):
+    root = image_folder()
+    (root / "train/cat/000.png").write_text("words")
+    assert "train/cat/000.png: not a readable image" in line_of(command("--data", root))
+    assert "no such device here; this machine has cpu" in line_of(command(*TINY, "--device", "gpu"))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/notes.txt").write_text("mine")
+    assert "the folder is not empty" in line_of(command(*TINY, "--out", tmp_path / "full"))
+    assert files(tmp_path / "full") == {"notes.txt"}
+    assert files(tmp_path / "cwd") == set()
+
+
+def test_a_loss_that_is_not_finite_says_why(command, tmp_path):
+    result = command(*TINY, "--epochs", 3, "--lr", 1000, "--no-lr-find", "--norm", "layer")
+    assert "a peak learning rate of 1e+03 is too high here, lower --lr" in line_of(result)
+    assert "history.csv" in files(tmp_path / "cwd/runs/001-demo")
+
+
+def test_a_bug_keeps_its_traceback(tmp_path):
+    script = tmp_path / "buggy.py"
+    script.write_text("from errors import run_command\n\ndef main():\n    1 / 0\n\nrun_command(main)\n")
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run([sys.executable, script], capture_output=True, text=True, env=env)
+    assert result.returncode == 1
+    assert "ZeroDivisionError" in result.stderr
+
+
+def test_ctrl_c_is_one_line(tmp_path):
+    words = [sys.executable, str(ROOT / "train_fastai.py"), *TINY, "--epochs", "200", "--no-lr-find"]
+    process = subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("epoch"):
+            break
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors == "train_fastai.py: error: stopped by Ctrl-C\n"
+    assert not [name for name in files(tmp_path / "runs/001-demo") if "/." in f"/{name}"], "nothing half-written"
+
+
+def test_help_explains_every_option_at_once(command):
+    start = time.perf_counter()
+    result = command("--help")
+    assert time.perf_counter() - start < 5, "without importing torch"
+    assert result.returncode == 0
+    options = re.findall(r"^  (--[a-z-]+)", result.stdout, re.M)
+    assert {"--data", "--recipe", "--epochs", "--lr", "--bs", "--width", "--norm", "--seed", "--workers", "--valid",
+            "--device", "--out", "--lr-find-only", "--no-lr-find"} <= set(options)  # fmt: skip
