@@ -119,15 +119,15 @@ def save_weights(learn: Learner, name: str) -> Path:
 
 
 class RunLog(TrackerCallback):
-    """Writes `history.csv` and the best weights after every epoch, and one line an epoch where `lines` is set.
+    """Writes `history.csv` and the best weights after every epoch, and one line an epoch, above fastai's bar if any.
 
     The training loss and accuracy are means over the epoch's augmented images; they stay on the device until it ends.
     Training stops after an epoch whose loss is not finite.
     """
 
-    def __init__(self, lines: bool):
+    def __init__(self):
         super().__init__(monitor="accuracy", comp=np.greater)
-        self.lines, self.history, self.best_epoch = lines, [], None
+        self.history, self.best_epoch = [], None
 
     def before_epoch(self):
         self.started, self.sums, self.images = perf_counter(), [], 0
@@ -157,12 +157,11 @@ class RunLog(TrackerCallback):
         if self.new_best:
             self.best_epoch = row["epoch"]
             save_weights(self.learn, "best")
-        if self.lines:
-            print(
-                f"epoch {row['epoch']:>3}/{self.n_epoch}   train loss {row['train_loss']:.4f}, accuracy "
-                f"{row['train_accuracy']:7.2%}   valid loss {row['valid_loss']:.4f}, accuracy "
-                f"{row['valid_accuracy']:7.2%}   lr {row['lr']:.2e}   {row['seconds']:.1f} s",
-                flush=True,
-            )
+        write = self.learn.progress.mbar.write if hasattr(self.learn, "progress") else print
+        write(
+            f"epoch {row['epoch']:>3}/{self.n_epoch}   train loss {row['train_loss']:.4f}, accuracy "
+            f"{row['train_accuracy']:7.2%}   valid loss {row['valid_loss']:.4f}, accuracy "
+            f"{row['valid_accuracy']:7.2%}   lr {row['lr']:.2e}   {row['seconds']:.1f} s"
+        )
         if not isfinite(loss):
             raise CancelFitException  # `train_fastai` says why: fastai wraps an error raised here in its own words

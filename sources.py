@@ -163,7 +163,8 @@ def _read_archive(path: Path) -> ImageTable:
                 raise InputError(f"{name}: images must lie at train/<class>/ and test/<class>/")
             images.append((member.name, _decode(data, _checked_suffix(name))))
     except (tarfile.TarError, zipfile.BadZipFile, zlib.error, LZMAError, EOFError, RuntimeError) as e:
-        raise InputError(f"{path}: a damaged or locked archive ({e}); fetch it again") from e
+        reason = str(e).partition(":\n")[0]  # tarfile goes on with what each of its formats says
+        raise InputError(f"{path}: a damaged or locked archive ({reason}); fetch it again") from e
     if batches:
         return _read_batches(str(path), batches)
     if not found:

@@ -118,8 +118,8 @@ def main(
     asked = {"recipe": recipe, **asdict(settings), "norm": norm, "seed": seed, "valid": valid}
     print_config(write_config(run, learn, asked | {"lr": lr if lr == "auto" else settings.lr}))
 
-    bars = sys.stdout.isatty()  # in a file or a pipe a progress bar is a heap of carriage returns
-    with nullcontext() if bars else learn.no_bar(), nullcontext() if bars else learn.no_logging():
+    # In a file or a pipe a progress bar is a heap of carriage returns. RunLog writes what fastai's own log leaves out.
+    with nullcontext() if sys.stdout.isatty() else learn.no_bar(), learn.no_logging():
         with undisturbed(learn):
             print(f"\n{learn.summary()}\n")
         save_augmentations(dls, run / "augmentations.png")
@@ -139,8 +139,8 @@ def main(
             if peak is None:
                 raise InputError("--lr auto: the range test's curve is too short for a suggestion; pass --lr NUMBER")
 
-        log = RunLog(lines=not bars)
-        print(f"training     {settings.epochs} epochs, peak learning rate {peak:.3g}", flush=True)
+        log = RunLog()
+        print(f"training     {settings.epochs} epochs, peak learning rate {peak:.3g}")
         learn.fit_one_cycle(settings.epochs, peak, pct_start=settings.pct_start, cbs=log)
 
     last, best = log.history[-1], log.history[(log.best_epoch or 1) - 1]

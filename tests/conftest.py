@@ -38,7 +38,10 @@ def command(tmp_path):
         words = [sys.executable, str(ROOT / "train_fastai.py"), *map(str, arguments)]
         cwd = tmp_path / "cwd"
         cwd.mkdir(exist_ok=True)
-        return subprocess.run(words, cwd=cwd, capture_output=True, text=True, timeout=300, env={**os.environ, **env})
+        result = subprocess.run(words, cwd=cwd, capture_output=True, timeout=300, env={**os.environ, **env})
+        # As bytes, because text mode would turn the carriage returns of a progress bar into innocent new lines
+        result.stdout, result.stderr = result.stdout.decode(), result.stderr.decode()
+        return result
 
     return run
 

@@ -177,20 +177,25 @@ def test_batches_are_normalised_channels_last_floats():
 
 def test_an_epoch_has_each_image_once_in_an_order_of_its_own():
     images = np.arange(100, dtype=np.uint8).repeat(3072).reshape(100, 32, 32, 3)
-    table = ImageTable("numbers", ("a", "b"), images, np.arange(100) % 2, np.arange(100) < 80, np.arange(100))
-    dls = get_dls(table, bs=8, workers=2, device="cpu", pad=0, flip=0, cutout=0)
+    labels, is_train = np.random.default_rng(0).integers(0, 2, 100), np.arange(100) % 5 != 3
+    table = ImageTable("numbers", ("a", "b"), images, labels, is_train, np.arange(100))
+    options = {"bs": 8, "device": "cpu", "pad": 0, "flip": 0, "cutout": 0}
+    dls = get_dls(table, workers=2, **options)
 
     def epoch(dl):
-        mean, std = table[range(80)].measure()
+        mean, std = table[np.flatnonzero(is_train)].measure()
         x, y = zip(*dl, strict=True)
         values = ((torch.cat(x)[:, 0, 0, 0] * std[0] + mean[0]) * 255).round().int().tolist()
-        assert [v % 2 for v in values] == torch.cat(y).tolist(), "labels stay with their images"
+        assert labels[values].tolist() == torch.cat(y).tolist(), "labels stay with their images"
         return values
 
     first, second = epoch(dls.train), epoch(dls.train)
-    assert sorted(first) == sorted(second) == list(range(80))
+    assert sorted(first) == sorted(second) == np.flatnonzero(is_train).tolist()
     assert first != second
-    assert epoch(dls.valid) == list(range(80, 100))
+    assert epoch(dls.valid) == np.flatnonzero(~is_train).tolist()
+    np.random.seed(1)
+    assert epoch(get_dls(table, workers=0, **options).train) == first, "whatever the state of numpy's generator"
+    assert epoch(get_dls(table, workers=0, seed=1, **options).train) != first
 
 
 def test_holdout_is_a_balanced_tenth_of_the_training_set_chosen_by_the_seed():

@@ -7,7 +7,7 @@ import torch
 
 from data import get_dls
 from images import ImageTable
-from lr_finder import METHODS, range_test
+from lr_finder import METHODS, range_test, undisturbed
 from train_fastai import get_learner
 
 
@@ -57,6 +57,20 @@ def test_nothing_is_disturbed(tmp_path, after_a_fit):
     with learn.no_logging():
         learn.fit(1)
     assert not same(before["model"], everything(learn)["model"]), "the comparison sees a change"
+
+
+def test_a_broken_off_training_is_undone_too(tmp_path):
+    learn = small_learner(path=tmp_path)
+    before = everything(learn)
+
+    def broken_off():
+        with undisturbed(learn), learn.no_logging():
+            learn.fit(1)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        broken_off()
+    assert same(before, everything(learn))
 
 
 @pytest.mark.parametrize(("n", "bs"), [(10, 2), (40, 32), (400, 2)])

@@ -14,10 +14,12 @@ def test_a_file_is_complete_or_not_there(tmp_path):
         raise RuntimeError("boom")
     assert list(tmp_path.iterdir()) == []
     path.write_text("old")
-    with complete(path) as beside:
-        beside.write_text("new")
-        assert path.read_text() == "old"
-    assert path.read_text() == "new"
+    with path.open() as reader:
+        with complete(path) as beside:
+            beside.write_text("new")
+            assert path.read_text() == "old"
+        assert path.read_text() == "new"
+        assert reader.read() == "old", "the new file took the name; nobody wrote into the old one"
     assert list(tmp_path.iterdir()) == [path]
     with pytest.raises(TypeError):
         write_json(path, {"no": object()})

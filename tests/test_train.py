@@ -14,11 +14,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from fastai.callback.core import Callback
 from PIL import Image
 
 from data import get_dls
 from export import export
 from recipes import get_recipe
+from run import RunLog
 from train_fastai import get_learner, main
 
 FILES = {
@@ -95,6 +97,7 @@ def test_the_whole_job(command, tmp_path):
 
     out = result.stdout
     assert "\r" not in out, "no progress bars in a file"
+    assert "█" not in out
     assert len([line for line in out.splitlines() if re.match(r"epoch +\d+/3 .* train loss", line)]) == 3
     for expected in ("Conv2d", "Total params: 26,350", "chosen on the validation set", "load_learner", "--seed 8"):
         assert expected in out
@@ -130,6 +133,23 @@ def test_best_weights_are_those_of_the_best_epoch(tmp_path, capsys):
     for name, expected in (("best", max(accuracies)), ("last", accuracies[-1])):
         learn.load(name, with_opt=False)
         assert learn.validate()[1] == pytest.approx(expected, abs=1e-6)
+
+
+def test_best_weights_stay_when_later_epochs_are_worse(tmp_path):
+    class Wreck(Callback):
+        def before_validate(self):
+            if self.epoch == 2:
+                torch.nn.init.zeros_(self.model.head.weight)
+
+    dls = get_dls("digits", bs=64, flip=0, device="cpu")
+    learn, log = get_learner(dls, get_recipe("demo", width=4), path=tmp_path), RunLog()
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(3, 0.1, cbs=[log, Wreck()])
+        accuracies = [row["valid_accuracy"] for row in log.history]
+        assert max(accuracies) > accuracies[-1]
+        assert log.best_epoch == accuracies.index(max(accuracies)) + 1
+        learn.load("best", with_opt=False)
+        assert learn.validate()[1] == pytest.approx(max(accuracies), abs=1e-6)
 
 
 def test_lr_auto_trains_at_the_suggestion(tmp_path, capsys):
