@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 
-import fastai.vision.data  # noqa: F401  tells show_batch and show_results how to draw images
+import fastai.vision.data  # noqa: F401  tells show_batch how to draw images
 import numpy as np
 import torch
 from fastai.data.block import CategoryBlock, DataBlock, TransformBlock
@@ -57,6 +57,11 @@ class KeyedDL(TfmdDL):
         if self.seed is None:
             return super().shuffle_fn(idxs)
         return np.random.default_rng([self.seed, self.epoch]).permutation(idxs).tolist()
+
+    def show_results(self, *args, **kwargs):
+        import fastai.vision.learner  # noqa: F401  tells fastai how to draw images with predictions; takes seconds
+
+        return super().show_results(*args, **kwargs)
 
     def create_batches(self, samps) -> Iterator[tuple]:
         table = self.dataset.items

@@ -193,10 +193,12 @@ def test_everything_a_notebook_calls_works(learner, tmp_path):
     learner.remove_cb(learner.progress) if hasattr(learner, "progress") else None
     assert "Total params: 412,954" in learner.summary()
     assert learner.lr_find().valley > 0
-    learner.show_results()
-    learner.dls.show_batch()
-    assert any(ax.images for ax in plt.gcf().axes)
-    plt.close("all")
+    for show, lines in ((learner.show_results, 2), (learner.dls.show_batch, 1)):
+        show(max_n=9)
+        titles = [ax.get_title() for ax in plt.gcf().axes if ax.images]
+        assert len(titles) == 9
+        assert all(len(title.split()) == lines for title in titles), "the label, and the prediction under it"
+        plt.close("all")
     with learner.no_logging():
         learner.fit_one_cycle(1, 0.01)
     learner.export("mine.pkl")
