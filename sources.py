@@ -41,12 +41,13 @@ def load_images(source: str | Path | ImageTable) -> ImageTable:
     """
     if isinstance(source, ImageTable):
         return source
-    if source == "cifar10":
-        return replace(_read_folder(_download_cifar10()), name="cifar10", stats=CIFAR10_STATS)
     if source == "digits":
         return _read_digits()
     path = Path(source).expanduser()
     try:
+        if source == "cifar10":
+            path = _download_cifar10()
+            return replace(_read_folder(path), name="cifar10", stats=CIFAR10_STATS)
         if path.is_dir():
             inner = path / "cifar-10-batches-py"
             return replace(_read_folder(inner if inner.is_dir() else path), name=path.resolve().name)
