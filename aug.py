@@ -15,6 +15,30 @@ os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # else the import asks t
 import albumentations as A
 import cv2
 
+cv2.setNumThreads(0)  # images this small are done before another thread has started; forked workers inherit this
+
+
+class Cutout(A.ImageOnlyTransform):
+    """Fill one `size` x `size` square of the image, anywhere inside it with the same probability, with `fill` (0..255).
+
+    Equal in distribution to `A.CoarseDropout` with one hole of that size, which draws the number of holes and their
+    sizes too and takes several times as long. Source: DeVries and Taylor, "Cutout" (2017), section 3.
+    """
+
+    def __init__(self, size: int = 8, fill: Sequence[int] = (125, 123, 114), p: float = 1.0):
+        super().__init__(p=p)
+        self.size, self.fill = size, tuple(int(v) for v in fill)
+
+    def get_params_dependent_on_data(self, params, data):
+        height, width = params["shape"][:2]
+        y, x = self.py_random.randint(0, height - self.size), self.py_random.randint(0, width - self.size)
+        return {"rows": slice(y, y + self.size), "columns": slice(x, x + self.size)}
+
+    def apply(self, img, rows, columns, **params):
+        img = img.copy()
+        img[rows, columns] = self.fill
+        return img
+
 
 def train_transforms(
     size: int = 32, pad: int = 4, flip: float = 0.5, cutout: int = 8, fill: Sequence[int] = (125, 123, 114)
@@ -22,18 +46,37 @@ def train_transforms(
     """Reflect `pad` pixels and crop `size`x`size` at random, flip with probability `flip`, then blank out one `cutout`
     x `cutout` square with `fill` (RGB, 0..255). uint8 (size, size, 3) → the same. `cutout` 0 leaves the square out.
 
-    Sources: He et al., "Deep Residual Learning" (2015), section 4.2; DeVries and Taylor, "Cutout" (2017), section 3.
+    Source of pad, crop and flip: He et al., "Deep Residual Learning" (2015), section 4.2.
     """
     steps = [
         A.PadIfNeeded(size + 2 * pad, size + 2 * pad, border_mode=cv2.BORDER_REFLECT_101),
         A.RandomCrop(size, size),
         A.HorizontalFlip(p=flip),
     ]
-    if cutout:
-        side = (cutout, cutout)
-        fill = tuple(int(v) for v in fill)
-        steps.append(A.CoarseDropout((1, 1), hole_height_range=side, hole_width_range=side, fill=fill, p=1))
-    return A.Compose(steps)
+    return A.Compose([*steps, Cutout(cutout, fill)] if cutout else steps)
+
+
+class BitRandom(random.Random):
+    """Python's random numbers, drawn from a numpy bit generator instead of a generator of its own."""
+
+    def __init__(self, bits: np.random.BitGenerator):
+        self._bits, self._raw = bits, bits.random_raw
+        super().__init__()
+
+    def __reduce__(self):
+        return BitRandom, (self._bits,)
+
+    def seed(self, *_):
+        """The bit generator is what gets seeded."""
+
+    def random(self) -> float:
+        return (self._raw() >> 11) * 2.0**-53
+
+    def getrandbits(self, k: int) -> int:
+        value = 0
+        for _ in range(0, k, 64):
+            value = value << 64 | self._raw()
+        return value >> (-k % 64)
 
 
 class KeyedAugment:
@@ -41,23 +84,17 @@ class KeyedAugment:
 
     def __init__(self, transforms: A.Compose, seed: int = 0):
         self.transforms, self.seed = transforms, seed
-        self._bits = np.random.Philox(key=0)
+        self._bits = np.random.Philox(key=[seed, 0])
         self._start = self._bits.state
-        self._numpy, self._python = np.random.Generator(self._bits), random.Random()
-        self.transforms.set_random_state(self._numpy, self._python)
-
-    def _set_key(self, epoch: int, position: int) -> None:
-        # Philox is a counter-based generator: key and counter are its whole state, so that jumping to a sample's own
-        # stream costs 2 µs, where a new generator costs 10 to 20. The counter's first word counts a stream's draws.
-        self._start["state"]["key"][0] = self.seed
-        self._start["state"]["counter"][:] = (0, position, epoch, 0)
-        self._bits.state = self._start
-        self._python.seed((self.seed << 64) | (epoch << 32) | position)
+        self.transforms.set_random_state(np.random.Generator(self._bits), BitRandom(self._bits))
 
     def __call__(self, images: np.ndarray, epoch: int, positions: Sequence[int]) -> np.ndarray:
         """Augment uint8 (n, H, W, 3) images that stand at `positions` of `epoch`; a new array of the same shape."""
         out = np.empty_like(images)
         for i, position in enumerate(positions):
-            self._set_key(epoch, position)
+            # Philox is counter-based: key and counter are its whole state, so that going to a sample's own stream
+            # costs 1 µs, where seeding a generator costs 7 to 20. The counter's first word counts the stream's draws.
+            self._start["state"]["counter"][:] = (0, position, epoch, 0)
+            self._bits.state = self._start
             out[i] = self.transforms(image=images[i])["image"]
         return out

@@ -1,6 +1,7 @@
 """How images become fastai `DataLoaders`: a `DataBlock` over an `ImageTable`, and a loader of whole batches."""
 
 import os
+import weakref
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
@@ -11,10 +12,11 @@ import torch
 from fastai.data.block import CategoryBlock, DataBlock, TransformBlock
 from fastai.data.core import DataLoaders, TfmdDL
 from fastai.data.transforms import AttrGetter, IntToFloatTensor, Normalize, ToTensor
-from fastai.torch_core import TensorCategory, TensorImage, default_device
+from fastai.torch_core import TensorCategory, TensorImage, default_device, to_device
 from fastai.vision.core import PILImage
 from fastcore.basics import chunked
 from PIL import Image
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from aug import KeyedAugment, train_transforms
 from errors import InputError
@@ -32,17 +34,43 @@ def rgb_image(o: str | Path | bytes | np.ndarray | Image.Image) -> PILImage:
     return PILImage.create(to_rgb(PILImage.create(o)))
 
 
+def _stop(workers: _MultiProcessingDataLoaderIter, owner: int) -> None:
+    if os.getpid() == owner:  # not where a forked process drops its copy of the loader
+        workers._shutdown_workers()
+
+
 class KeyedDL(TfmdDL):
     """A `TfmdDL` that builds a whole uint8 batch of an `ImageTable` in one go; floats are made on the device.
 
     With a `seed`, order and augmentation depend on (seed, epoch, position) alone. `epoch` counts how often the loader
-    has been iterated; set it to repeat an epoch. Items from elsewhere (`test_dl`, `predict`) take fastai's usual way
-    through the item transforms, which the table's images, decoded to size beforehand, do not need.
+    has been iterated; set it to repeat an epoch. With `keep_workers` the worker processes live as long as the loader:
+    what is changed in it after the first epoch does not reach them. Items from elsewhere (`test_dl`, `predict`) take
+    fastai's usual way through the item transforms, which the table's images, decoded to size beforehand, do not need.
     """
 
-    def __init__(self, dataset, *args, seed: int | None = None, augment: "KeyedAugment | None" = None, **kwargs):
-        self.seed, self.augment, self.epoch = seed, augment, -1
-        super().__init__(dataset, *args, **kwargs)
+    def __init__(
+        self,
+        dataset,
+        *args,
+        seed: int | None = None,
+        augment: "KeyedAugment | None" = None,
+        keep_workers: bool = False,
+        **kwargs,
+    ):
+        self.seed, self.augment, self.keep_workers, self._workers = seed, augment, keep_workers, None
+        self._epoch = torch.tensor(-1).share_memory_()  # workers that are kept read it here
+        super().__init__(dataset, *args, persistent_workers=keep_workers, **kwargs)
+
+    @property
+    def epoch(self) -> int:
+        return int(self._epoch)
+
+    @epoch.setter
+    def epoch(self, epoch: int):
+        self._epoch.fill_(epoch)
+
+    def __getstate__(self):
+        return {**self.__dict__, "_workers": None}
 
     def new(self, dataset=None, cls=None, **kwargs):
         if dataset is None:  # the same images with other settings; another data set is not augmented
@@ -52,6 +80,30 @@ class KeyedDL(TfmdDL):
     def before_iter(self):
         super().before_iter()
         self.epoch += 1
+
+    def __iter__(self):
+        if not (self.keep_workers and self.fake_l.num_workers):
+            yield from super().__iter__()
+            return
+        # What fastai's loader does, but for starting new workers every time
+        self.before_iter()
+        if self._workers is None:
+            self._workers = _MultiProcessingDataLoaderIter(self.fake_l)
+            # They stop when the loader goes. Garbage collection alone would close their queues first and then wait five
+            # seconds for each; a finalizer has them whole, if they do not hold the loader in turn.
+            self._workers._dataset = self._workers._collate_fn = None
+            weakref.finalize(self, _stop, self._workers, os.getpid())
+        else:
+            self._workers._reset(self.fake_l)
+        for batch in self._workers:
+            yield self.after_batch(to_device(tuple(batch), self.device))
+        self.after_iter()
+
+    def sample(self):
+        if not self.keep_workers:
+            return super().sample()
+        # A kept worker finds the order of the epoch for itself, as it is keyed.
+        return (b for i, b in enumerate(self.get_idxs()) if i // self.bs % self.num_workers == self.offs)
 
     def shuffle_fn(self, idxs):
         if self.seed is None:
@@ -121,10 +173,11 @@ def get_dls(
         batch_tfms=Normalize.from_stats(mean, std, cuda=False),
         dl_type=KeyedDL,
     )
-    keyed = {"seed": seed, "augment": KeyedAugment(train_transforms(**augmentation), seed)}
-    return block.dataloaders(
-        table, bs=bs, num_workers=workers, device=device, pin_memory=device.type == "cuda", dl_kwargs=[keyed, {}]
-    )
+    train_kwargs = {"seed": seed, "augment": KeyedAugment(train_transforms(**augmentation), seed), "keep_workers": True}
+    valid_kwargs = {"num_workers": 0}  # a validation batch is a copy out of the table, cheaper than passing it on
+    pin = device.type == "cuda"
+    dl_kwargs = [{"num_workers": workers, **train_kwargs}, valid_kwargs]
+    return block.dataloaders(table, bs=bs, device=device, pin_memory=pin, dl_kwargs=dl_kwargs)
 
 
 def _split(table: ImageTable, valid: str, seed: int) -> tuple[list[int], list[int]]:

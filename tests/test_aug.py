@@ -1,3 +1,8 @@
+import gc
+import multiprocessing
+import pickle
+import time
+
 import albumentations as A
 import numpy as np
 import pytest
@@ -7,8 +12,9 @@ from fastai.data.transforms import AttrGetter, IndexSplitter, Normalize
 from fastai.vision.core import PILImage
 from fastai.vision.data import ImageBlock
 from fasttransform import Transform
+from scipy.stats import chi2_contingency, chisquare, kstest
 
-from aug import KeyedAugment, train_transforms
+from aug import BitRandom, Cutout, KeyedAugment, train_transforms
 from data import get_dls
 from images import ImageTable
 
@@ -99,11 +105,45 @@ def test_batch_size_and_a_broken_off_epoch_change_nothing():
     assert draw_epoch(loader) == draw_epoch(ours(2, bs=16))
 
 
-def test_setting_the_epoch_repeats_it():
-    loader = ours(0)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_setting_the_epoch_repeats_it(workers):
+    loader = ours(workers)
     epochs = [draw_epoch(loader) for _ in range(3)]
     loader.epoch = 0
     assert draw_epoch(loader) == epochs[1]
+
+
+def test_workers_start_once_and_survive_a_broken_off_epoch():
+    loader = ours(2)
+    first = draw_epoch(loader)
+    pids = {worker.pid for worker in multiprocessing.active_children()}
+    for _ in loader:
+        break
+    third = draw_epoch(loader)
+    assert pids
+    assert pids <= {worker.pid for worker in multiprocessing.active_children()}
+    assert third == [draw_epoch(other) for other in [ours(0)] for _ in range(3)][2]
+    assert not set(first) & set(third)
+
+
+def test_workers_stop_when_their_loader_goes():
+    before = set(multiprocessing.active_children())
+    loader = ours(2)
+    loader_batches = iter(loader)
+    next(loader_batches)
+    assert len(set(multiprocessing.active_children()) - before) == 2
+    del loader, loader_batches
+    start = time.perf_counter()
+    gc.collect()
+    assert time.perf_counter() - start < 3, "without a wait for those that do not answer"
+    assert not set(multiprocessing.active_children()) - before
+
+
+def test_a_pickled_pipeline_draws_the_same():
+    images = one_image_many_times().images
+    augment = KeyedAugment(train_transforms(), seed=3)
+    copy = pickle.loads(pickle.dumps(augment))
+    assert np.array_equal(augment(images, 1, range(len(images))), copy(images, 1, range(len(images))))
 
 
 def test_a_crop_is_a_window_of_the_reflected_image():
@@ -132,6 +172,29 @@ def test_the_cutout_is_one_square_of_the_fill_colour_anywhere_in_the_image():
     tops, lefts = hole.any(2).argmax(1), hole.any(1).argmax(1)
     assert all(hole[i, t : t + 8, x : x + 8].all() for i, (t, x) in enumerate(zip(tops, lefts, strict=True)))
     assert set(tops) == set(lefts) == set(range(25))
+
+
+def test_cutout_is_equal_in_distribution_to_coarse_dropout_with_one_hole():
+    side = (8, 8)
+    coarse = A.CoarseDropout((1, 1), hole_height_range=side, hole_width_range=side, fill=(1, 2, 3), p=1)
+    images, counts = np.zeros((20_000, 32, 32, 3), dtype=np.uint8), []
+    for seed, transform in enumerate((Cutout(8, (1, 2, 3)), coarse)):
+        out = KeyedAugment(A.Compose([transform]), seed)(images, 0, range(len(images)))
+        hole = (out == (1, 2, 3)).all(-1)
+        assert (hole.sum((1, 2)) == 64).all()
+        tops, lefts = hole.any(2).argmax(1), hole.any(1).argmax(1)
+        counts.append(np.bincount(25 * tops + lefts, minlength=625))
+        assert chisquare(counts[-1]).pvalue > 0.001, "every position is as likely as any other"
+    assert chi2_contingency(counts).pvalue > 0.001
+    crooked = np.bincount(np.random.default_rng(0).binomial(624, 0.5, 20_000), minlength=625)
+    assert chisquare(crooked).pvalue < 0.001, "the test sees a difference"
+
+
+def test_python_numbers_from_a_bit_generator_are_uniform():
+    python = BitRandom(np.random.Philox(key=0))
+    assert kstest([python.random() for _ in range(20_000)], "uniform").pvalue > 0.001
+    for n in (2, 25, 2**40, 2**100):
+        assert kstest([(python.randrange(n) + python.random()) / n for _ in range(5_000)], "uniform").pvalue > 0.001
 
 
 def test_validation_images_are_never_augmented():
