@@ -1,14 +1,12 @@
 """What an image costs in each way of loading it, on one core and in one run.
 
-    python benchmarks/loaders.py [--images 8192] [--json FILE]
+    python benchmarks/loaders.py
 
-The images are in memory and 32x32, the batch is 512, and each way delivers augmented, normalised float batches on the CPU
-(except where it says uint8, which is what our loader's workers hand on: a GPU makes the floats itself). The ways take
-turns, and each one's fastest round counts. torchvision's crop, flip and erasing stand for the pipeline of most examples.
+The images are in memory and 32x32, the batch is 512, and each way delivers augmented, normalised float batches on the
+CPU, except where it says uint8, which is what our loader's workers hand on: a GPU makes the floats itself. The ways
+take turns, and each one's fastest round counts. torchvision's crop, flip and erasing are the pipeline of most examples.
 """
 
-import json
-import os
 import sys
 from pathlib import Path
 from time import perf_counter
@@ -79,7 +77,6 @@ def seconds(iterate) -> float:
 def main(
     images: int = 8192,  # How many images a round
     rounds: int = 3,  # Rounds; the fastest of each way counts
-    json_file: str = None,  # Write the table here too
 ):
     """Print what an image costs in each way of loading it, on one core."""
     torch.set_num_threads(1)
@@ -93,12 +90,8 @@ def main(
         item_tfms=DocumentedTransform(compose),
         batch_tfms=Normalize.from_stats(*CIFAR10_STATS, cuda=False),
     ).dataloaders(table, bs=BS, num_workers=0, device="cpu")
-    usual = [
-        T.RandomCrop(32, 4, padding_mode="reflect"),
-        T.RandomHorizontalFlip(),
-        T.ToTensor(),
-        T.Normalize(*CIFAR10_STATS),
-    ]
+    crop, flip = T.RandomCrop(32, 4, padding_mode="reflect"), T.RandomHorizontalFlip()
+    usual = [crop, flip, T.ToTensor(), T.Normalize(*CIFAR10_STATS)]
 
     def torch_loader(*extra):
         dataset = InMemory(table, T.Compose([*usual, *extra]))
@@ -134,12 +127,9 @@ def main(
             best[name] = min(best[name], seconds(way))
     per_image = {name: 1e6 * s / images for name, s in best.items()}
     base = per_image["ours, float batches"]
-    print(f"{'':<60} µs/image   ours is")
+    print(f"{'':<60} µs/image   in units of ours")
     for name, cost in per_image.items():
-        print(f"{name:<60} {cost:>8.1f}   {cost / base:>6.2f} x as fast")
+        print(f"{name:<60} {cost:>8.1f}   {cost / base:>16.2f}")
     ratio = per_image["ours, uint8 batches"] / per_image["bare A.Compose over arrays, uint8"]
     gain = per_image["ours, float batches, 1 worker"] / per_image["ours, float batches, 2 workers"]
     print(f"\nour loader takes {ratio:.2f} x the bare compose loop; two workers are {gain:.2f} x as fast as one")
-    if json_file:
-        content = {"us_per_image": per_image, "cores": os.cpu_count(), "torch": torch.__version__}
-        Path(json_file).write_text(json.dumps(content, indent=2) + "\n")
