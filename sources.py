@@ -20,6 +20,7 @@ import numpy as np
 from fastai.vision.core import PILImage
 from PIL import Image
 
+from cache import decoded
 from errors import InputError
 from images import SIZE, ImageTable, to_rgb
 
@@ -46,16 +47,19 @@ def load_images(source: str | Path | ImageTable) -> ImageTable:
     path = Path(source).expanduser()
     try:
         if source == "cifar10":
-            path = _download_cifar10()
-            return replace(_read_folder(path), name="cifar10", stats=CIFAR10_STATS)
+            return replace(decoded(_download_cifar10(), _read_folder), name="cifar10", stats=CIFAR10_STATS)
         if path.is_dir():
             inner = path / "cifar-10-batches-py"
-            return replace(_read_folder(inner if inner.is_dir() else path), name=path.resolve().name)
-        if path.is_file():
-            return replace(_read_archive(path), name=path.name)
+            table = decoded(inner if inner.is_dir() else path, _read_folder)
+        elif path.is_file():
+            table = decoded(path, _read_archive)
+        else:
+            raise InputError(
+                f"{path}: no such file or folder; data is cifar10, digits, a folder or an archive of images"
+            )
     except OSError as e:
         raise InputError(f"{e.filename or path}: cannot be read ({e.strerror or e}); check its permissions") from e
-    raise InputError(f"{path}: no such file or folder; data is cifar10, digits, a folder or an archive of images")
+    return replace(table, name=path.resolve().name)
 
 
 def _decode(data: bytes, name: str) -> np.ndarray:

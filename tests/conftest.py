@@ -12,6 +12,13 @@ from PIL import Image
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """The cache of decoded images, in a folder of the test's own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "custom-resnet"
+
+
 @pytest.fixture
 def image_folder(tmp_path):
     """A function that makes `train/<class>/` and `test/<class>/` folders of random PNG images."""

@@ -1,0 +1,92 @@
+"""Decoded images on disk: a source is decoded once and read memory-mapped from then on."""
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from images import ImageTable
+
+VERSION = 1  # of what the reading makes of a source; another one is another entry
+ARRAYS = ("images", "labels", "is_train")
+DAY = 24 * 60 * 60  # seconds
+
+
+def cache_root() -> Path:
+    """`custom-resnet` in the user's cache folder. Any entry in it can be deleted at any time."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "custom-resnet"
+
+
+def decoded(path: Path, read: Callable[[Path], ImageTable]) -> ImageTable:
+    """What `read` makes of the file or folder `path`, from the cache where neither has changed since.
+
+    A change is told by the names, sizes and modification times of all files. If nothing can be kept, a line on stderr
+    says so.
+    """
+    name = path.resolve().name
+    entry = cache_root() / f"{name[:50]}-{_key(path)}"
+    try:
+        return _load(entry)
+    except (OSError, ValueError, KeyError):  # not there, or damaged
+        pass
+    print(f"decoding {name}; the next start finds it in {entry.parent}")
+    table = read(path)
+    try:
+        _save(entry, table)
+        return _load(entry)
+    except OSError as e:  # a full disk, a home that cannot be written to
+        print(f"the decoded images cannot be kept in {entry.parent} ({e.strerror}); going on without", file=sys.stderr)
+        return table
+
+
+def _key(path: Path) -> str:
+    digest = hashlib.sha256(f"{VERSION}\0{path.resolve()}".encode(errors="surrogateescape"))
+
+    def add(folder: str, depth: int) -> None:
+        with os.scandir(folder) as entries:
+            for entry in sorted(entries, key=lambda e: e.name):
+                info = entry.stat()
+                line = f"{entry.path}\0{info.st_size}\0{info.st_mtime_ns}\n"
+                digest.update(line.encode(errors="surrogateescape"))
+                if depth and entry.is_dir():
+                    add(entry.path, depth - 1)
+
+    if path.is_dir():
+        add(str(path), depth=2)  # train, <class>, images
+    else:
+        info = path.stat()
+        digest.update(f"{info.st_size}\0{info.st_mtime_ns}".encode())
+    return digest.hexdigest()[:16]
+
+
+def _save(entry: Path, table: ImageTable) -> None:
+    beside = entry.with_name(f".{entry.name}.{os.getpid()}")
+    entry.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in entry.parent.glob(".*"):
+        if time.time() - leftover.stat().st_mtime > DAY:  # of a process that was killed
+            shutil.rmtree(leftover, ignore_errors=True)
+    try:
+        beside.mkdir()
+        for name in ARRAYS:
+            np.save(beside / f"{name}.npy", getattr(table, name))
+        about = {"name": table.name, "classes": table.classes, "digest": table.fingerprint(), "stats": table.stats}
+        (beside / "about.json").write_text(json.dumps(about))
+        shutil.rmtree(entry, ignore_errors=True)  # a damaged one
+        beside.rename(entry)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _load(entry: Path) -> ImageTable:
+    about = json.loads((entry / "about.json").read_text())
+    # As plain arrays over the mapping: np.memmap's own type costs microseconds at every access.
+    images, labels, is_train = (np.asarray(np.load(entry / f"{name}.npy", mmap_mode="r")) for name in ARRAYS)
+    classes, stats = tuple(about["classes"]), about["stats"] and tuple(map(tuple, about["stats"]))
+    rows = np.arange(len(images))
+    return ImageTable(about["name"], classes, images, labels, is_train, rows, stats, about["digest"])

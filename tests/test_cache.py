@@ -1,0 +1,122 @@
+import errno
+import os
+import shutil
+import tarfile
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import sources
+from errors import InputError
+from sources import load_images
+
+
+@pytest.fixture
+def decodings(monkeypatch):
+    """The names of the images that were decoded."""
+    names, decode = [], sources._decode
+    monkeypatch.setattr(sources, "_decode", lambda data, name: names.append(name) or decode(data, name))
+    return names
+
+
+def same(a, b):
+    return (
+        (a.name, a.classes, a.stats) == (b.name, b.classes, b.stats)
+        and a.fingerprint() == b.fingerprint()
+        and all(np.array_equal(getattr(a, part), getattr(b, part)) for part in ("images", "labels", "is_train", "rows"))
+    )
+
+
+@pytest.mark.parametrize("archive", [False, True])
+def test_a_source_is_decoded_once_and_read_memory_mapped(image_folder, tmp_path, decodings, archive):
+    source = image_folder()
+    if archive:
+        with tarfile.open(tmp_path / "a.tgz", "w:gz") as file:
+            file.add(source, arcname="x")
+        source = tmp_path / "a.tgz"
+    first = load_images(source)
+    assert len(decodings) == 12
+    second = load_images(source)
+    assert len(decodings) == 12
+    assert same(first, second)
+    assert isinstance(second.images.base, np.memmap)
+    assert not second.images.flags.writeable
+    digest, second = second.fingerprint(), sources.replace(second, digest=None)
+    assert digest == second.fingerprint(), "the kept fingerprint is that of the pixels"
+
+
+def test_every_change_of_the_source_is_noticed(image_folder, decodings):
+    root = image_folder()
+    path = root / "train/cat/000.png"
+    load_images(root)
+    Image.fromarray(np.zeros((32, 32, 3), dtype=np.uint8)).save(path)
+    assert (load_images(root).images[0] == 0).all(), "other content"
+    shutil.copy(path, path.with_name("new.png"))
+    assert len(load_images(root)) == 13
+    path.unlink()
+    assert len(load_images(root)) == 12
+    os.utime(root / "test/dog/000.png", ns=(1, 1))
+    seen = len(decodings)
+    load_images(root)
+    assert len(decodings) == seen + 12, "another modification time"
+    (root / "train/owl").mkdir()
+    with pytest.raises(InputError, match="owl"):
+        load_images(root)
+
+
+@pytest.mark.parametrize("damage", ["images.npy", "about.json", "labels.npy"])
+def test_a_damaged_entry_is_made_anew(image_folder, cache, decodings, damage):
+    root = image_folder()
+    first = load_images(root)
+    (entry,) = cache.iterdir()
+    first_images = np.array(first.images)
+    (entry / damage).write_bytes((entry / damage).read_bytes()[:-9])
+    again = load_images(root)
+    assert len(decodings) == 24
+    assert np.array_equal(again.images, first_images)
+    load_images(root)
+    assert len(decodings) == 24
+    (entry / damage).unlink()
+    load_images(root)
+    assert len(decodings) == 36
+
+
+@pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+def test_a_save_that_fails_leaves_nothing(image_folder, cache, monkeypatch, capsys, failure):
+    root, save = image_folder(), np.save
+
+    def fail(path, array):
+        save(path, array)
+        if path.name == "labels.npy":
+            raise failure
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "save", fail)
+        if isinstance(failure, OSError):
+            assert len(load_images(root)) == 12
+            assert "cannot be kept" in capsys.readouterr().err
+        else:
+            with pytest.raises(KeyboardInterrupt):
+                load_images(root)
+    assert list(cache.iterdir()) == []
+    load_images(root)
+    assert len(list(cache.iterdir())) == 1
+
+
+def test_without_a_place_for_the_cache_it_goes_on(image_folder, cache, capsys):
+    cache.parent.mkdir()
+    cache.write_text("a file where the folder should be")
+    assert len(load_images(image_folder())) == 12
+    assert "cannot be kept" in capsys.readouterr().err
+
+
+def test_what_a_killed_process_left_goes_after_a_day(image_folder, cache):
+    old, new = cache / ".images-0.1", cache / ".images-0.2"
+    for folder in (old, new):
+        folder.mkdir(parents=True)
+    os.utime(old, (time.time() - 100_000,) * 2)
+    load_images(image_folder())
+    assert not old.exists()
+    assert new.exists(), "another process may be at it"
