@@ -45,4 +45,6 @@ def run_command(func: Callable) -> None:
     except InputError as e:
         fail(e)
     except KeyboardInterrupt:
+        if sys.stdout.isatty():
+            print()  # the bar's line ends here
         fail("stopped by Ctrl-C", 130)
