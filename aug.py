@@ -83,7 +83,7 @@ class KeyedAugment:
     """An albumentations pipeline whose randomness is keyed: the same (seed, epoch, position), the same result."""
 
     def __init__(self, transforms: A.Compose, seed: int = 0):
-        self.transforms, self.seed = transforms, seed
+        self.transforms = transforms
         self._bits = np.random.Philox(key=[seed, 0])
         self._start = self._bits.state
         self.transforms.set_random_state(np.random.Generator(self._bits), BitRandom(self._bits))

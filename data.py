@@ -103,7 +103,11 @@ class KeyedDL(TfmdDL):
         if not self.keep_workers:
             return super().sample()
         # A kept worker finds the order of the epoch for itself, as it is keyed.
-        return (b for i, b in enumerate(self.get_idxs()) if i // self.bs % self.num_workers == self.offs)
+        return (b for i, b in enumerate(self.get_idxs()) if self._is_mine(i))
+
+    def _is_mine(self, position: int) -> bool:
+        """fastai deals the batches of an epoch to the workers in turn."""
+        return position // self.bs % self.num_workers == self.offs
 
     def shuffle_fn(self, idxs):
         if self.seed is None:
@@ -120,8 +124,7 @@ class KeyedDL(TfmdDL):
         if not isinstance(table, ImageTable):
             yield from super().create_batches(samps)
             return
-        # Batches are dealt to the workers in turn, so that these are the positions of this worker's samples.
-        positions = (i for i in count() if i // self.bs % self.num_workers == self.offs)
+        positions = filter(self._is_mine, count())
         for chunk in chunked(zip(positions, samps, strict=False), self.bs, self.drop_last):
             positions_, indices = zip(*chunk, strict=True)
             images, labels = table.batch(list(indices))
