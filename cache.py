@@ -33,7 +33,7 @@ def decoded(path: Path, read: Callable[[Path], ImageTable]) -> ImageTable:
     entry = cache_root() / f"{name[:50]}-{_key(path)}"
     try:
         return _load(entry)
-    except (OSError, ValueError, KeyError):  # not there, or damaged
+    except (OSError, ValueError, KeyError, EOFError):  # not there, or damaged
         pass
     print(f"decoding {name}; the next start finds it in {entry.parent}")
     table = read(path)
