@@ -12,7 +12,7 @@ import torch
 from fastai.data.block import CategoryBlock, DataBlock, TransformBlock
 from fastai.data.core import DataLoaders, TfmdDL
 from fastai.data.transforms import AttrGetter, IntToFloatTensor, Normalize, ToTensor
-from fastai.torch_core import TensorCategory, TensorImage, default_device, to_device
+from fastai.torch_core import TensorCategory, TensorImage, default_device, to_detach, to_device
 from fastai.vision.core import PILImage
 from fastcore.basics import chunked
 from PIL import Image
@@ -96,7 +96,7 @@ class KeyedDL(TfmdDL):
         else:
             self._workers._reset(self.fake_l)
         for batch in self._workers:
-            yield self.after_batch(to_device(tuple(batch), self.device))
+            yield self.after_batch(to_device(tuple(batch), self.device, non_blocking=self.pin_memory))
         self.after_iter()
 
     def sample(self):
@@ -113,6 +113,10 @@ class KeyedDL(TfmdDL):
         if self.seed is None:
             return super().shuffle_fn(idxs)
         return np.random.default_rng([self.seed, self.epoch]).permutation(idxs).tolist()
+
+    def to_detach(self, b, cpu: bool = True, gather: bool = True):
+        """fastai's hook: the metrics' sums (single numbers) stay on the device, so that no batch waits for it."""
+        return to_detach(b, cpu and getattr(b, "ndim", None) != 0, gather)
 
     def show_results(self, *args, **kwargs):
         import fastai.vision.learner  # noqa: F401  tells fastai how to draw images with predictions; takes seconds

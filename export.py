@@ -8,6 +8,7 @@ from fastai.learner import Learner
 import data
 import images
 import model
+import recorder
 from run import complete
 
 
@@ -16,7 +17,7 @@ def carry_our_code() -> None:
 
     They are stored as bytecode, so that the file wants the minor version of Python that wrote it.
     """
-    for module in (data, images, model):
+    for module in (data, images, model, recorder):
         cloudpickle.register_pickle_by_value(module)
 
 

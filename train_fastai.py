@@ -36,29 +36,34 @@ if TYPE_CHECKING:
 def get_learner(dls: "DataLoaders", recipe: str | Recipe = "fast", norm: str = "batch", **kwargs) -> "Learner":
     """A plain fastai `Learner`: the recipe's network, loss and optimiser, channels-last, on CUDA in mixed precision.
 
-    `kwargs` go to `Learner`. Raises InputError for an unknown recipe, ValueError for an unknown norm.
+    `kwargs` go to `Learner`; callbacks among them come on top of these. Raises InputError for an unknown recipe, ValueError for an unknown norm.
     """
     from functools import partial
 
     import fastai.callback.hook  # gives every Learner its summary
-    import fastai.callback.progress  # its progress bars
     import fastai.callback.schedule  # noqa: F401  lr_find and fit_one_cycle
     import torch
     from fastai.callback.channelslast import ChannelsLast
     from fastai.callback.fp16 import AMPMode, MixedPrecision
-    from fastai.learner import Learner
+    from fastai.callback.progress import ProgressCallback
+    from fastai.learner import Learner, Recorder
     from fastai.losses import CrossEntropyLossFlat
     from fastai.metrics import accuracy
     from fastai.optimizer import OptimWrapper
+    from fastcore.basics import defaults
+    from fastcore.foundation import L
 
     from export import carry_our_code
     from model import CustomResNet
+    from recorder import LazyProgress, LazyRecorder
 
     carry_our_code()
     recipe = get_recipe(recipe)
     model = CustomResNet(len(dls.vocab), recipe.width, norm, recipe.logit_scale).to(dls.device)
-    cbs = [ChannelsLast()]
+    lazy = {Recorder: LazyRecorder, ProgressCallback: LazyProgress}
+    cbs = [*(lazy.get(cb, cb) for cb in defaults.callbacks), ChannelsLast()]
     if dls.device.type == "cuda":
+        torch.backends.cudnn.benchmark = True  # batches have one shape: cuDNN tries its ways once, keeps the best
         # Volta and Turing only emulate bf16. Compute capability 8.0, Ampere, has it.
         has_bf16 = torch.cuda.get_device_capability(dls.device) >= (8, 0)
         cbs.append(MixedPrecision(AMPMode.BF16 if has_bf16 else AMPMode.FP16))
@@ -70,7 +75,8 @@ def get_learner(dls: "DataLoaders", recipe: str | Recipe = "fast", norm: str = "
         "wd": recipe.wd,
         "moms": (recipe.momentum,) * 3,  # constant, where fastai's default cycles it against the learning rate
         "metrics": accuracy,
-        "cbs": cbs,
+        "cbs": [*cbs, *L(kwargs.pop("cbs", None))],
+        "default_cbs": False,
     }
     return Learner(dls, model, **{**settings, **kwargs})
 
@@ -88,6 +94,7 @@ def main(
     valid: Annotated[str, {"choices": ["test", "holdout"]}] = "test",  # Validate on the test set, or on a tenth of the training set
     device: str = "auto",  # auto, cpu, cuda, cuda:1 or mps
     out: str = None,  # Run folder, new or empty [runs/NNN-recipe]
+    compile: bool = False,  # Compile the network (torch.compile): a later start, then faster steps on a GPU
     lr_find_only: bool = False,  # Stop after the range test
     no_lr_find: bool = False,  # Train without a range test
 ):  # fmt: skip
@@ -108,8 +115,11 @@ def main(
     from run import RunLog, check_out, new_run_folder, print_config, save_weights, write_config
 
     check_out(out)
+    device = _device(device)
+    if compile:
+        _check_compiler(device)
     dls = get_dls(
-        settings.data, settings.bs, seed, workers, valid, _device(device),
+        settings.data, settings.bs, seed, workers, valid, device,
         pad=settings.pad, flip=settings.flip, cutout=settings.cutout,
     )  # fmt: skip
     set_seed(seed)
@@ -123,6 +133,8 @@ def main(
         with undisturbed(learn):
             print(f"\n{learn.summary()}\n")
         save_augmentations(dls, run / "augmentations.png")
+        if compile:
+            learn.model.compile()
 
         peak = settings.lr
         if not no_lr_find:
@@ -197,6 +209,16 @@ def _device(name: str) -> "torch.device":
         there += ["mps"] if torch.backends.mps.is_available() else []
         raise InputError(f"--device {name}: no such device here; this machine has {', '.join(there)}") from None
     return torch.device("cuda", torch.cuda.current_device()) if name == "cuda" else device
+
+
+def _check_compiler(device: "torch.device") -> None:
+    """Raise InputError where torch.compile has no compiler for `device`."""
+    import torch
+
+    try:
+        torch.compile(torch.exp)(torch.ones(1, device=device))
+    except RuntimeError as e:
+        raise InputError(f"--compile: torch.compile does not work here; leave it out ({str(e).splitlines()[0]})") from e
 
 
 if __name__ == "__main__":

@@ -1,0 +1,60 @@
+"""fastai's recorder and progress bar without their wait for the device at every batch.
+
+A GPU works through a queue: whoever reads a loss waits until all that was queued before it is done, and the queue then
+runs empty. fastai's own callbacks do so at every batch. These keep what they record and show.
+"""
+
+import torch
+from fastai.callback.progress import ProgressCallback
+from fastai.learner import AvgSmoothLoss, Recorder
+from fastai.torch_core import to_detach
+
+
+class SmoothLoss(AvgSmoothLoss):
+    """fastai's smoothed training loss, kept where the loss is."""
+
+    def accumulate(self, learn):
+        self.count += 1
+        loss = to_detach(learn.loss.mean(), cpu=False)
+        self.val = torch.lerp(loss, self.val.to(loss.device), self.beta)
+
+
+class LazyRecorder(Recorder):
+    """fastai's `Recorder`; the losses of an epoch leave the device together, when its training ends."""
+
+    name = "recorder"
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.smooth_loss, self.fetched = SmoothLoss(self.smooth_loss.beta), 0
+
+    def before_fit(self):
+        super().before_fit()
+        self.fetched = 0
+
+    def after_train(self):
+        super().after_train()
+        self._fetch()
+
+    def after_fit(self):  # an epoch that was cancelled has no after_train
+        self._fetch()
+
+    def plot_loss(self, *args, **kwargs):
+        self._fetch()  # of an interrupted epoch
+        return super().plot_loss(*args, **kwargs)
+
+    def _fetch(self):
+        if fresh := self.losses[self.fetched :]:
+            self.losses[self.fetched :] = torch.stack(fresh).cpu()
+            self.fetched = len(self.losses)
+
+
+class LazyProgress(ProgressCallback):
+    """fastai's `ProgressCallback`; the loss is read when the bar is drawn, five times a second, not at every batch."""
+
+    name = "progress"
+
+    def after_batch(self):
+        self.pbar.update(self.iter + 1)
+        if self.pbar.last_v == self.iter + 1 and hasattr(self, "smooth_loss"):
+            self.pbar.comment = f"{self.smooth_loss.item():.4f}"
