@@ -13,7 +13,7 @@ import numpy as np
 
 from images import ImageTable
 
-VERSION = 1  # of what the reading makes of a source; another one is another entry
+VERSION = 2  # of what the reading makes of a source; another one is another entry
 ARRAYS = ("images", "labels", "is_train")
 DAY = 24 * 60 * 60  # seconds
 
@@ -75,7 +75,8 @@ def _save(entry: Path, table: ImageTable) -> None:
         beside.mkdir()
         for name in ARRAYS:
             np.save(beside / f"{name}.npy", getattr(table, name))
-        about = {"name": table.name, "classes": table.classes, "digest": table.fingerprint(), "stats": table.stats}
+        about = {"name": table.name, "classes": table.classes}
+        about |= {"digest": table.fingerprint(), "stats": table.train_stats()}
         (beside / "about.json").write_text(json.dumps(about))
         shutil.rmtree(entry, ignore_errors=True)  # a damaged one
         beside.rename(entry)
@@ -87,6 +88,6 @@ def _load(entry: Path) -> ImageTable:
     about = json.loads((entry / "about.json").read_text())
     # As plain arrays over the mapping: np.memmap's own type costs microseconds at every access.
     images, labels, is_train = (np.asarray(np.load(entry / f"{name}.npy", mmap_mode="r")) for name in ARRAYS)
-    classes, stats = tuple(about["classes"]), about["stats"] and tuple(map(tuple, about["stats"]))
+    classes, stats = tuple(about["classes"]), tuple(map(tuple, about["stats"]))
     rows = np.arange(len(images))
     return ImageTable(about["name"], classes, images, labels, is_train, rows, stats, about["digest"])

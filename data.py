@@ -165,7 +165,7 @@ def get_dls(
     train, held_out = _split(table, valid, seed)
     if bs > len(train):
         raise InputError(f"bs is {bs}, but there are {len(train)} training images; use --bs {len(train)} or less")
-    mean, std = table.stats or table[train].measure()
+    mean, std = table.train_stats()
     if min(std) == 0:
         raise InputError(f"{table.name}: a colour channel has one value in all images; there is nothing to learn from")
     augmentation = {"fill": [round(255 * m) for m in mean], **augmentation}

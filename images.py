@@ -62,14 +62,17 @@ class ImageTable:
         rows = self.rows[indices]
         return self.images[rows], self.labels[rows]
 
-    def measure(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and standard deviation of each channel over the rows of this view, range 0..1."""
+    def train_stats(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and standard deviation of each channel over the training images, range 0..1."""
+        if self.stats:
+            return self.stats
+        rows = self.rows[self.is_train[self.rows]]
         total, squares = np.zeros(3), np.zeros(3)
-        for start in range(0, len(self.rows), 1024):  # in pieces, as floats take eight times the room
-            pixels = self.images[self.rows[start : start + 1024]].reshape(-1, 3).astype(float)
+        for start in range(0, len(rows), 1024):  # in pieces, as floats take eight times the room
+            pixels = self.images[rows[start : start + 1024]].reshape(-1, 3).astype(float)
             total += pixels.sum(0)
             squares += np.einsum("ij,ij->j", pixels, pixels)
-        n = len(self.rows) * SIZE * SIZE
+        n = len(rows) * SIZE * SIZE
         mean = total / n
         std = np.sqrt(np.maximum(squares / n - mean**2, 0))
         return tuple((mean / 255).tolist()), tuple((std / 255).tolist())

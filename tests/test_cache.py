@@ -1,11 +1,15 @@
 import errno
 import os
 import shutil
+import subprocess
+import sys
 import tarfile
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from PIL import Image
 
 import sources
@@ -43,8 +47,9 @@ def test_a_source_is_decoded_once_and_read_memory_mapped(image_folder, tmp_path,
     assert same(first, second)
     assert isinstance(second.images.base, np.memmap)
     assert not second.images.flags.writeable
-    digest, second = second.fingerprint(), sources.replace(second, digest=None)
-    assert digest == second.fingerprint(), "the kept fingerprint is that of the pixels"
+    anew = replace(second, digest=None, stats=None)
+    assert second.fingerprint() == anew.fingerprint(), "the kept fingerprint is that of the pixels"
+    assert second.stats == anew.train_stats(), "and so are the statistics"
 
 
 def test_every_change_of_the_source_is_noticed(image_folder, decodings):
@@ -123,3 +128,27 @@ def test_what_a_killed_process_left_goes_after_a_day(image_folder, cache):
     load_images(image_folder())
     assert not old.exists()
     assert new.exists(), "another process may be at it"
+
+
+SLOW = """
+import sys, time
+import numpy as np
+from sources import load_images
+save = np.save
+np.save = lambda *args: (save(*args), time.sleep(60))
+load_images(sys.argv[1])
+"""
+
+
+def test_a_killed_first_use_leaves_no_half_entry(image_folder, cache):
+    root = image_folder()
+    process = subprocess.Popen([sys.executable, "-c", SLOW, root], cwd=ROOT, stdout=subprocess.DEVNULL)
+    while not list(cache.glob(".*/images.npy")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    assert [entry for entry in cache.iterdir() if not entry.name.startswith(".")] == []
+    table = load_images(root)
+    assert len(table) == 12
+    assert same(table, load_images(root))
