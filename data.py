@@ -34,9 +34,16 @@ def rgb_image(o: str | Path | bytes | np.ndarray | Image.Image) -> PILImage:
     return PILImage.create(to_rgb(PILImage.create(o)))
 
 
-def _stop(workers: _MultiProcessingDataLoaderIter, owner: int) -> None:
-    if os.getpid() == owner:  # not where a forked process drops its copy of the loader
-        workers._shutdown_workers()
+class _Workers(_MultiProcessingDataLoaderIter):
+    """Worker processes that only their owner stops: a forked process has a copy of this too, and drops it some time."""
+
+    def __init__(self, loader):
+        self.owner = os.getpid()
+        super().__init__(loader)
+
+    def _shutdown_workers(self):
+        if os.getpid() == self.owner:
+            super()._shutdown_workers()
 
 
 class KeyedDL(TfmdDL):
@@ -88,11 +95,11 @@ class KeyedDL(TfmdDL):
         # What fastai's loader does, but for starting new workers every time
         self.before_iter()
         if self._workers is None:
-            self._workers = _MultiProcessingDataLoaderIter(self.fake_l)
+            self._workers = _Workers(self.fake_l)
             # They stop when the loader goes. Garbage collection alone would close their queues first and then wait five
             # seconds for each; a finalizer has them whole, if they do not hold the loader in turn.
             self._workers._dataset = self._workers._collate_fn = None
-            weakref.finalize(self, _stop, self._workers, os.getpid())
+            weakref.finalize(self, self._workers._shutdown_workers)
         else:
             self._workers._reset(self.fake_l)
         for batch in self._workers:

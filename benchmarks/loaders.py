@@ -1,135 +1,85 @@
-"""What an image costs in each way of loading it, on one core and in one run.
+"""What an image costs in each way of loading it, on one core."""
 
-    python benchmarks/loaders.py
-
-The images are in memory and 32x32, the batch is 512, and each way delivers augmented, normalised float batches on the
-CPU, except where it says uint8, which is what our loader's workers hand on: a GPU makes the floats itself. The ways
-take turns, and each one's fastest round counts. torchvision's crop, flip and erasing are the pipeline of most examples.
-"""
-
-import sys
+import tempfile
 from pathlib import Path
 from time import perf_counter
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
+import albumentations as A
 import numpy as np
 import torch
-from fastai.data.block import CategoryBlock, DataBlock
-from fastai.data.transforms import AttrGetter, Normalize
-from fastai.vision.core import PILImage
-from fastai.vision.data import ImageBlock
-from fastcore.script import call_parse
-from fasttransform import Transform
-from PIL import Image
-from torchvision import transforms as T
+from fasttransform import Pipeline
+from ways import documented, erasing, noise, torchvision_loader
 
 from aug import train_transforms
 from data import get_dls
-from images import ImageTable
-from sources import CIFAR10_STATS
-
-BS = 512
-
-
-class DocumentedTransform(Transform):
-    """The transform that fastai's albumentations tutorial writes."""
-
-    split_idx = 0
-
-    def __init__(self, transforms):
-        self.transforms = transforms
-
-    def encodes(self, img: PILImage):
-        return PILImage.create(self.transforms(image=np.array(img))["image"])
-
-
-class InMemory(torch.utils.data.Dataset):
-    """PIL images and labels through a torchvision pipeline."""
-
-    def __init__(self, table, transform):
-        self.images, self.labels = [Image.fromarray(image) for image in table.images], table.labels
-        self.transform = transform
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, i):
-        return self.transform(self.images[i]), self.labels[i]
-
-
-def noise(n: int) -> ImageTable:
-    """n training images and two to validate on."""
-    rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (n + 2, 32, 32, 3), dtype=np.uint8)
-    labels = np.arange(n + 2) % 2
-    return ImageTable("noise", ("a", "b"), images, labels, np.arange(n + 2) < n, np.arange(n + 2), CIFAR10_STATS)
 
 
 def seconds(iterate) -> float:
+    """How long going through it takes."""
     start = perf_counter()
     for _ in iterate():
         pass
     return perf_counter() - start
 
 
-@call_parse
-def main(
-    images: int = 8192,  # How many images a round
-    rounds: int = 3,  # Rounds; the fastest of each way counts
-):
-    """Print what an image costs in each way of loading it, on one core."""
+def transforms_as_documented() -> A.Compose:
+    """The same augmentation with albumentations' own cutout."""
+    steps = train_transforms(cutout=0).transforms
+    return A.Compose([*steps, A.CoarseDropout(num_holes_range=(1, 1), hole_height_range=(8, 8), hole_width_range=(8, 8), p=1)])  # fmt: skip # noqa: E501
+
+
+def loaders(images: int = 51200, rounds: int = 3) -> list[dict]:
+    """Microseconds per image. The ways take turns, and each one's fastest round counts.
+
+    "uint8" is what our loader hands to the device, which makes floats itself. Where the CPU is the device, that costs
+    its cores extra: the rows with floats. The slow ways see a fifth of the images.
+    """
     torch.set_num_threads(1)
-    table = noise(images)
+    table, small = noise(images, 2), noise(images // 5, 2)
     compose = train_transforms()
-    documented = DataBlock(
-        blocks=(ImageBlock, CategoryBlock),
-        get_x=AttrGetter("image"),
-        get_y=AttrGetter("label"),
-        splitter=lambda _: (list(range(images)), [images, images + 1]),
-        item_tfms=DocumentedTransform(compose),
-        batch_tfms=Normalize.from_stats(*CIFAR10_STATS, cuda=False),
-    ).dataloaders(table, bs=BS, num_workers=0, device="cpu")
-    crop, flip = T.RandomCrop(32, 4, padding_mode="reflect"), T.RandomHorizontalFlip()
-    usual = [crop, flip, T.ToTensor(), T.Normalize(*CIFAR10_STATS)]
+    dls = {workers: get_dls(table, workers=workers, device="cpu").train for workers in (0, 1, 2)}
+    raw = {workers: get_dls(table, workers=workers, device="cpu").train for workers in (0, 1, 2)}
+    for dl in raw.values():
+        dl.after_batch = Pipeline([])
+    plain, erased = torchvision_loader(small, 0), torchvision_loader(small, 0, erasing())
+    with tempfile.TemporaryDirectory() as folder:
+        in_memory = documented(small, train_transforms(), 0, "cpu")
+        usual = documented(small, transforms_as_documented(), 0, "cpu", Path(folder))
+        ways = {
+            "bare A.Compose over arrays, uint8": (images, lambda: (compose(image=x) for x in table.images[:images])),
+            "ours, uint8": (images, lambda: raw[0]),
+            "ours, uint8, 1 worker": (images, lambda: raw[1]),
+            "ours, uint8, 2 workers": (images, lambda: raw[2]),
+            "ours, floats": (images, lambda: dls[0]),
+            "ours, floats, 1 worker": (images, lambda: dls[1]),
+            "ours, floats, 2 workers": (images, lambda: dls[2]),
+            "torchvision, floats": (images // 5, lambda: plain),
+            "torchvision with RandomErasing, floats": (images // 5, lambda: erased),
+            "fastai as documented, images in memory, our cutout, floats": (images // 5, lambda: in_memory.train),
+            "fastai as documented, PNG files, A.CoarseDropout, floats": (images // 5, lambda: usual.train),
+        }
+        best = dict.fromkeys(ways, np.inf)
+        for dl in (raw[1], raw[2], dls[1], dls[2]):
+            seconds(lambda dl=dl: dl)  # starts the workers: once a run, not once an epoch
+        for _ in range(rounds):
+            for name, (n, way) in ways.items():
+                best[name] = min(best[name], 1e6 * seconds(way) / n)
+    return [{"way": name, "µs per image": cost} for name, cost in best.items()]
 
-    def torch_loader(*extra):
-        dataset = InMemory(table, T.Compose([*usual, *extra]))
-        return torch.utils.data.DataLoader(dataset, BS, shuffle=True, drop_last=True)
 
-    ours = {n: get_dls(table, bs=BS, workers=n, device="cpu").train for n in (0, 1, 2)}
-    plain, erasing = torch_loader(), torch_loader(T.RandomErasing(1.0, scale=(1 / 16, 1 / 16), ratio=(1, 1)))
-
-    def bare():
-        return (compose(image=image)["image"] for image in table.images[:images])
-
-    def batches():  # what the loader does in its process, without a worker and without floats
-        dl = ours[0]
-        dl.before_iter()
-        order = dl.get_idxs()
-        return dl.create_batches(iter(order))
-
-    ways = {
-        "bare A.Compose over arrays, uint8": bare,
-        "ours, uint8 batches": batches,
-        "ours, float batches": lambda: ours[0],
-        "ours, float batches, 1 worker": lambda: ours[1],
-        "ours, float batches, 2 workers": lambda: ours[2],
-        "torchvision, float batches": lambda: plain,
-        "torchvision with RandomErasing, float batches": lambda: erasing,
-        "fastai's documented albumentations transform, float batches": lambda: documented.train,
-    }
-    for loader in (ours[1], ours[2]):
-        seconds(lambda loader=loader: loader)  # start the workers: once a run, not once an epoch
-    best = dict.fromkeys(ways, float("inf"))
-    for _ in range(rounds):
-        for name, way in ways.items():
-            best[name] = min(best[name], seconds(way))
-    per_image = {name: 1e6 * s / images for name, s in best.items()}
-    base = per_image["ours, float batches"]
-    print(f"{'':<60} µs/image   in units of ours")
-    for name, cost in per_image.items():
-        print(f"{name:<60} {cost:>8.1f}   {cost / base:>16.2f}")
-    ratio = per_image["ours, uint8 batches"] / per_image["bare A.Compose over arrays, uint8"]
-    gain = per_image["ours, float batches, 1 worker"] / per_image["ours, float batches, 2 workers"]
-    print(f"\nour loader takes {ratio:.2f} x the bare compose loop; two workers are {gain:.2f} x as fast as one")
+def summary(rows: list[dict]) -> str:
+    """The ratios that matter."""
+    cost = {row["way"]: row["µs per image"] for row in rows}
+    ours = cost["ours, floats"]
+    return "\n".join(
+        (
+            f"our loader, uint8: {cost['ours, uint8'] / cost['bare A.Compose over arrays, uint8']:.2f} x the bare loop",
+            f"torchvision: {cost['torchvision, floats'] / ours:.1f} x ours, "
+            f"with erasing {cost['torchvision with RandomErasing, floats'] / ours:.1f} x",
+            f"fastai as documented: {cost['fastai as documented, PNG files, A.CoarseDropout, floats'] / ours:.1f} x ours, "
+            f"in memory and with our cutout "
+            f"{cost['fastai as documented, images in memory, our cutout, floats'] / ours:.1f} x",
+            f"two workers: {cost['ours, uint8, 1 worker'] / cost['ours, uint8, 2 workers']:.2f} x as fast as one, "
+            f"{cost['ours, floats, 1 worker'] / cost['ours, floats, 2 workers']:.2f} x with the floats made here",
+        )
+    )

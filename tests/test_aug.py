@@ -1,5 +1,6 @@
 import gc
 import multiprocessing
+import os
 import pickle
 import time
 
@@ -137,6 +138,21 @@ def test_workers_stop_when_their_loader_goes():
     gc.collect()
     assert time.perf_counter() - start < 3, "without a wait for those that do not answer"
     assert not set(multiprocessing.active_children()) - before
+
+
+def test_a_forked_process_drops_its_copy_of_the_loader_in_silence(capfd):
+    loader = ours(2)
+    first = draw_epoch(loader)
+    child = os.fork()
+    if child == 0:
+        try:
+            del loader
+            gc.collect()
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    assert capfd.readouterr().err == ""
+    assert draw_epoch(loader) != first, "the workers are still there for their owner"
 
 
 def test_a_pickled_pipeline_draws_the_same():
