@@ -7,11 +7,15 @@ from time import perf_counter
 import albumentations as A
 import numpy as np
 import torch
+from fastai.torch_core import TensorImage
 from fasttransform import Pipeline
-from ways import documented, erasing, noise, torchvision_loader
+from ways import BS, documented, erasing, noise, torchvision_loader
 
-from aug import train_transforms
+from aug import KeyedAugment, train_transforms
 from data import get_dls
+
+IN_MEMORY = "fastai as documented, images in memory, our cutout"
+FILES = "fastai as documented, PNG files, A.CoarseDropout"
 
 
 def seconds(iterate) -> float:
@@ -24,8 +28,8 @@ def seconds(iterate) -> float:
 
 def transforms_as_documented() -> A.Compose:
     """The same augmentation with albumentations' own cutout."""
-    steps = train_transforms(cutout=0).transforms
-    return A.Compose([*steps, A.CoarseDropout(num_holes_range=(1, 1), hole_height_range=(8, 8), hole_width_range=(8, 8), p=1)])  # fmt: skip # noqa: E501
+    hole = A.CoarseDropout(num_holes_range=(1, 1), hole_height_range=(8, 8), hole_width_range=(8, 8), p=1)
+    return A.Compose([*train_transforms(cutout=0).transforms, hole])
 
 
 def loaders(images: int = 51200, rounds: int = 3) -> list[dict]:
@@ -55,8 +59,8 @@ def loaders(images: int = 51200, rounds: int = 3) -> list[dict]:
             "ours, floats, 2 workers": (images, lambda: dls[2]),
             "torchvision, floats": (images // 5, lambda: plain),
             "torchvision with RandomErasing, floats": (images // 5, lambda: erased),
-            "fastai as documented, images in memory, our cutout, floats": (images // 5, lambda: in_memory.train),
-            "fastai as documented, PNG files, A.CoarseDropout, floats": (images // 5, lambda: usual.train),
+            f"{IN_MEMORY}, floats": (images // 5, lambda: in_memory.train),
+            f"{FILES}, floats": (images // 5, lambda: usual.train),
         }
         best = dict.fromkeys(ways, np.inf)
         for dl in (raw[1], raw[2], dls[1], dls[2]):
@@ -67,19 +71,57 @@ def loaders(images: int = 51200, rounds: int = 3) -> list[dict]:
     return [{"way": name, "µs per image": cost} for name, cost in best.items()]
 
 
+def profile(images: int = 10240, rounds: int = 3) -> list[dict]:
+    """Where our loader's microseconds go: each part is what it adds to those above it."""
+    torch.set_num_threads(1)
+    table, dl = noise(images, 2), get_dls(noise(BS, 2), bs=BS, workers=0, device="cpu").train
+    to_float, normalise = dl.after_batch.fs
+    order = np.random.default_rng(0).permutation(images)
+    batches = [order[start : start + BS].tolist() for start in range(0, images, BS)]
+    steps = train_transforms().transforms
+
+    def augmented(transforms):
+        augment = KeyedAugment(A.Compose(transforms))
+        return lambda: (augment(table.batch(batch)[0], 0, range(BS)) for batch in batches)
+
+    def floats(*after):
+        augment = KeyedAugment(train_transforms())
+        for batch in batches:
+            x = TensorImage(torch.from_numpy(augment(table.batch(batch)[0], 0, range(BS))).permute(0, 3, 1, 2))
+            for transform in after:
+                x = transform(x)
+            yield x
+
+    parts = {
+        "gather the batch's pixels": lambda: (table.batch(batch) for batch in batches),
+        "the random stream, A.Compose around nothing, the result into its place": augmented([]),
+        **{f"A.{type(steps[i]).__name__}": augmented(steps[: i + 1]) for i in range(3)},
+        "Cutout": augmented(steps),
+        "uint8 to floats": lambda: floats(to_float),
+        "normalise": lambda: floats(to_float, normalise),
+    }
+    total = {name: min(1e6 * seconds(part) / images for _ in range(rounds)) for name, part in parts.items()}
+    before = [0.0, *total.values()]
+    rows = [
+        {"part": name, "µs per image": cost - less} for (name, cost), less in zip(total.items(), before, strict=False)
+    ]
+    return [*rows, {"part": "all", "µs per image": before[-1]}]
+
+
 def summary(rows: list[dict]) -> str:
     """The ratios that matter."""
     cost = {row["way"]: row["µs per image"] for row in rows}
-    ours = cost["ours, floats"]
-    return "\n".join(
-        (
-            f"our loader, uint8: {cost['ours, uint8'] / cost['bare A.Compose over arrays, uint8']:.2f} x the bare loop",
-            f"torchvision: {cost['torchvision, floats'] / ours:.1f} x ours, "
-            f"with erasing {cost['torchvision with RandomErasing, floats'] / ours:.1f} x",
-            f"fastai as documented: {cost['fastai as documented, PNG files, A.CoarseDropout, floats'] / ours:.1f} x ours, "
-            f"in memory and with our cutout "
-            f"{cost['fastai as documented, images in memory, our cutout, floats'] / ours:.1f} x",
-            f"two workers: {cost['ours, uint8, 1 worker'] / cost['ours, uint8, 2 workers']:.2f} x as fast as one, "
-            f"{cost['ours, floats, 1 worker'] / cost['ours, floats, 2 workers']:.2f} x with the floats made here",
-        )
+
+    def ratio(a, b):
+        return cost[a] / cost[b]
+
+    files, in_memory = FILES + ", floats", IN_MEMORY + ", floats"
+    return (
+        f"our loader, uint8: {ratio('ours, uint8', 'bare A.Compose over arrays, uint8'):.2f} x the bare loop\n"
+        f"torchvision: {ratio('torchvision, floats', 'ours, floats'):.1f} x ours, "
+        f"with RandomErasing {ratio('torchvision with RandomErasing, floats', 'ours, floats'):.1f} x\n"
+        f"fastai as documented: {ratio(files, 'ours, floats'):.1f} x ours, "
+        f"with images in memory and our cutout {ratio(in_memory, 'ours, floats'):.1f} x\n"
+        f"two workers: {ratio('ours, uint8, 1 worker', 'ours, uint8, 2 workers'):.2f} x as fast as one, "
+        f"{ratio('ours, floats, 1 worker', 'ours, floats, 2 workers'):.2f} x with the floats made here"
     )

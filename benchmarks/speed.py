@@ -1,0 +1,89 @@
+"""Measure what this project's speed rests on, and print it as tables.
+
+    python benchmarks/speed.py                      everything, about a quarter of an hour on two cores
+    python benchmarks/speed.py --only loaders       one part: steps, loaders, profile, growth, workers, start
+
+Run it on a machine that does nothing else. Only the ratios within one table mean something on another machine.
+"""
+
+import os
+import platform
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from errors import run_command
+
+PARTS = ("steps", "loaders", "profile", "growth", "workers", "start")
+
+
+def cell(value) -> str:
+    """A table's cell; a float to three digits."""
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def table(rows: list[dict]) -> str:
+    """`rows` under a line of their names."""
+    lines = [list(rows[0]), *([cell(value) for value in row.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join([first.ljust(widths[0]), *map(str.rjust, rest, widths[1:])]) for first, *rest in lines)
+
+
+def main(
+    only: Annotated[str, {"choices": PARTS}] = None,  # One part [all of them]
+    device: str = "auto",  # For the training steps: auto, cpu or cuda
+    width: int = 64,  # Of the network in the training steps
+    rounds: int = 4,  # How often each way of loading and of training is timed
+    compile: bool = False,  # Time the training steps with torch.compile too
+    save: str = None,  # Write the figures to this JSON file as well
+):
+    """Measure the loaders, whole training steps, how cost grows with the data, and the start."""
+    import growth
+    import loaders
+    import start
+    import steps
+    import torch
+
+    from run import write_json
+    from train_fastai import _device
+
+    device = _device(device)
+    gpu = device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if gpu else f"{os.cpu_count()} CPU cores, {platform.machine()}"
+    versions = {package: version(package) for package in ("torch", "fastai", "albumentations", "torchvision", "numpy")}
+    figures = {"device": name, "python": platform.python_version(), "versions": versions}
+    print(f"{name}, " + ", ".join(f"{package} {number}" for package, number in versions.items()))
+    parts = {
+        "steps": lambda: steps.steps(device, width, 50_000 if gpu else 1536, rounds, compile),
+        "loaders": lambda: loaders.loaders(rounds=rounds),
+        "profile": loaders.profile,
+        "growth": growth.growth,
+        "workers": growth.workers,
+        "start": start.start,
+    }
+    titles = {
+        "steps": f"Training, batch 512, width {width}: seconds per epoch of {'97 steps' if gpu else '3 steps'}",
+        "loaders": "Loading, on one core, batch 512",
+        "profile": "Where our loader's time goes, on one core, batch 512",
+        "growth": "Growth: our loader over more and more images, memory beyond the imports",
+        "workers": "Memory of the whole process tree with four workers, 50,000 images, beyond the imports",
+        "start": "Start, on the CPU, 60,000 images",
+    }
+    for part, measure in parts.items():
+        if only in (None, part):
+            print(f"\n{titles[part]}\n", flush=True)
+            figures[part] = measure()
+            print(table(figures[part]))
+            if part in ("steps", "loaders"):
+                print("\n" + {"steps": steps, "loaders": loaders}[part].summary(figures[part]), flush=True)
+            if save:
+                write_json(Path(save), figures)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,140 @@
+"""What whole training steps take: the bare network, a hand-written loop, our Learner; on a GPU other loaders too."""
+
+import os
+import tempfile
+from contextlib import nullcontext, redirect_stdout
+from statistics import median
+from time import perf_counter
+
+import numpy as np
+import torch
+from fastai.callback.core import Callback
+from fastai.learner import Learner
+from fastai.metrics import accuracy
+from loaders import transforms_as_documented
+from ways import BS, documented, erasing, noise, torchvision_loader
+
+from data import get_dls
+from model import CustomResNet
+from recipes import get_recipe
+from run import RunLog
+from train_fastai import get_learner
+
+RECIPE = get_recipe("fast")
+BARE, BY_HAND, OURS = "bare network, one batch", "hand-written loop, our loader", "our Learner"
+
+
+def by_hand(device: torch.device, width: int, compiled: bool):
+    """A training step as one would write it for speed: channels-last, bf16 on a GPU, no wait for the loss."""
+    model = CustomResNet(10, width, logit_scale=RECIPE.logit_scale).to(device, memory_format=torch.channels_last)
+    if compiled:
+        model.compile()
+    loss_func = torch.nn.CrossEntropyLoss(label_smoothing=RECIPE.label_smoothing)
+    opt = torch.optim.SGD(model.parameters(), 0.01, RECIPE.momentum, weight_decay=RECIPE.wd, nesterov=True)
+
+    def step(x, y):
+        with torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext():
+            loss = loss_func(model(x.as_subclass(torch.Tensor)), y.as_subclass(torch.Tensor))
+        loss.backward()
+        opt.step()
+        opt.zero_grad()
+        return loss.detach()
+
+    return step
+
+
+def loop(step, batches, device: torch.device) -> float:
+    """Seconds for one epoch of `step` over `batches`."""
+    start = perf_counter()
+    total = torch.zeros((), device=device)
+    for x, y in batches():
+        x = x.to(device, non_blocking=True, memory_format=torch.channels_last)
+        total += step(x, y.to(device, non_blocking=True))
+    total.item()  # waits for the device
+    return perf_counter() - start
+
+
+class Clock(Callback):
+    """Seconds of the training part of the last epoch."""
+
+    order = 100  # after the recorder has fetched the losses, which waits for the device
+
+    def before_train(self):
+        self.start = perf_counter()
+
+    def after_train(self):
+        self.seconds = perf_counter() - self.start
+
+
+def fit(learn: Learner, *cbs) -> tuple[float, float]:
+    """Seconds for the training part of an epoch, and for all of it."""
+    clock, start = Clock(), perf_counter()
+    with redirect_stdout(open(os.devnull, "w")):  # with its progress bar
+        learn.fit(1, 0.01, cbs=[clock, *cbs])
+    return clock.seconds, perf_counter() - start
+
+
+def steps(device: torch.device, width: int, images: int, rounds: int, compiled: bool = False) -> list[dict]:
+    """Seconds per epoch of `images` images: the first, the median and the fastest of `rounds`. The ways take turns.
+
+    `whole` adds what our Learner's epoch has beside its steps: validation (a fifth of the images on a GPU, two images
+    on a CPU), history, best weights.
+    """
+    gpu = device.type == "cuda"
+    table, folder = noise(images, images // 5 if gpu else 2), tempfile.TemporaryDirectory()
+    one_batch = get_dls(table, workers=0, device=device).train.one_batch()
+
+    def fixed():
+        return (one_batch for _ in range(images // BS))
+
+    def hand_written(batches, compiled=False):
+        step = by_hand(device, width, compiled)
+        return lambda: loop(step, batches, device)
+
+    def ours(compiled=False):
+        learn = get_learner(get_dls(table, device=device), get_recipe("fast", width=width), path=folder.name)
+        if compiled:
+            learn.model.compile()
+        return lambda: fit(learn, RunLog())
+
+    dls = get_dls(table, device=device)
+    ways = {BARE: hand_written(fixed), BY_HAND: hand_written(lambda: dls.train), OURS: ours()}
+    if compiled:
+        ways |= {f"{BARE}, compiled": hand_written(fixed, True), f"{OURS}, compiled": ours(True)}
+    if gpu:
+        workers = min(16, os.cpu_count())  # fastai's default
+        plain = torchvision_loader(table, workers, pin=True)
+        erased = torchvision_loader(table, workers, erasing(), pin=True)
+        usual = documented(table, transforms_as_documented(), workers, device)
+        learn = Learner(usual, CustomResNet(width=width), metrics=accuracy, path=folder.name).to_fp16()
+        ways |= {
+            "peer: hand-written loop, torchvision's loader": hand_written(lambda: plain),
+            "peer: the same with RandomErasing": hand_written(lambda: erased),
+            "peer: fastai's Learner, its loader as documented": lambda: fit(learn),
+        }
+    epochs = {name: [] for name in ways}
+    for done in range(rounds):
+        for name in list(ways)[:: -1 if done % 2 else 1]:  # so that a machine that grows faster or slower favours none
+            epochs[name].append(ways[name]())
+            print(f"round {done + 1}: {name} {np.round(epochs[name][-1], 2)}", flush=True)
+    folder.cleanup()
+    rows = []
+    for name, times in epochs.items():
+        times = [time if isinstance(time, tuple) else (time, np.nan) for time in times]
+        trained, whole = zip(*times, strict=True)
+        row = {"way": name, "first": trained[0], "median": median(trained), "fastest": min(trained)}
+        rows.append(row | {"ms per step": 1e3 * min(trained) / (images // BS), "whole": min(whole)})
+    return rows
+
+
+def summary(rows: list[dict]) -> str:
+    """The ratios that matter, of the fastest epochs."""
+    best = {row["way"]: row["fastest"] for row in rows}
+    lines = [
+        f"our Learner's steps: {best[OURS] / best[BY_HAND]:.3f} x the hand-written loop's, "
+        f"{best[OURS] / best[BARE]:.3f} x the bare network's",
+        *(f"{name}: {best[name] / best[OURS]:.2f} x our Learner" for name in best if name.startswith("peer")),
+    ]
+    if f"{OURS}, compiled" in best:
+        lines.append(f"compiled: {best[OURS] / best[f'{OURS}, compiled']:.2f} x as fast, first epoch left out")
+    return "\n".join(lines)
