@@ -94,7 +94,7 @@ def main(
     valid: Annotated[str, {"choices": ["test", "holdout"]}] = "test",  # Validate on the test set, or on a tenth of the training set
     device: str = "auto",  # auto, cpu, cuda, cuda:1 or mps
     out: str = None,  # Run folder, new or empty [runs/NNN-recipe]
-    compile: bool = False,  # Compile the network (torch.compile): a later start, then faster steps on a GPU
+    compile: bool = False,  # Compile the network with torch.compile: about a minute more before the first step
     lr_find_only: bool = False,  # Stop after the range test
     no_lr_find: bool = False,  # Train without a range test
 ):  # fmt: skip
@@ -115,7 +115,7 @@ def main(
     from run import RunLog, check_out, new_run_folder, print_config, save_weights, write_config
 
     check_out(out)
-    device = _device(device)
+    device = get_device(device)
     if compile:
         _check_compiler(device)
     dls = get_dls(
@@ -125,7 +125,7 @@ def main(
     set_seed(seed)
     learn = get_learner(dls, settings, norm)
     run = learn.path = new_run_folder(recipe, out)
-    asked = {"recipe": recipe, **asdict(settings), "norm": norm, "seed": seed, "valid": valid}
+    asked = {"recipe": recipe, **asdict(settings), "norm": norm, "seed": seed, "valid": valid, "compile": compile}
     print_config(write_config(run, learn, asked | {"lr": lr if lr == "auto" else settings.lr}))
 
     # In a file or a pipe a progress bar is a heap of carriage returns. RunLog writes what fastai's own log leaves out.
@@ -194,7 +194,7 @@ def _learning_rate(lr: str | None) -> float | None:
         raise InputError(f"--lr is {lr!r}: it must be a number or auto") from None
 
 
-def _device(name: str) -> "torch.device":
+def get_device(name: str) -> "torch.device":
     """The torch device of that name, checked for being there; "auto" is the best one there is."""
     import torch
     from fastai.torch_core import default_device

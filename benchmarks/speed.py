@@ -24,7 +24,7 @@ def cell(value) -> str:
     """A table's cell; a float to three digits."""
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
+    return f"{value:,}" if isinstance(value, int) else value or "–"
 
 
 def table(rows: list[dict]) -> str:
@@ -50,9 +50,9 @@ def main(
     import torch
 
     from run import write_json
-    from train_fastai import _device
+    from train_fastai import get_device
 
-    device = _device(device)
+    device = get_device(device)
     gpu = device.type == "cuda"
     name = torch.cuda.get_device_name(device) if gpu else f"{os.cpu_count()} CPU cores, {platform.machine()}"
     versions = {package: version(package) for package in ("torch", "fastai", "albumentations", "torchvision", "numpy")}

@@ -120,10 +120,9 @@ def steps(device: torch.device, width: int, images: int, rounds: int, compiled: 
     folder.cleanup()
     rows = []
     for name, times in epochs.items():
-        times = [time if isinstance(time, tuple) else (time, np.nan) for time in times]
-        trained, whole = zip(*times, strict=True)
+        trained, whole = zip(*(time if isinstance(time, tuple) else (time, None) for time in times), strict=True)
         row = {"way": name, "first": trained[0], "median": median(trained), "fastest": min(trained)}
-        rows.append(row | {"ms per step": 1e3 * min(trained) / (images // BS), "whole": min(whole)})
+        rows.append(row | {"ms per step": 1e3 * min(trained) / (images // BS), "whole": whole[0] and min(whole)})
     return rows
 
 
