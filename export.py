@@ -5,10 +5,10 @@ from pathlib import Path
 import cloudpickle
 from fastai.learner import Learner
 
+import callbacks
 import data
 import images
 import model
-import recorder
 from run import complete
 
 
@@ -17,7 +17,7 @@ def carry_our_code() -> None:
 
     They are stored as bytecode, so that the file wants the minor version of Python that wrote it.
     """
-    for module in (data, images, model, recorder):
+    for module in (callbacks, data, images, model):
         cloudpickle.register_pickle_by_value(module)
 
 

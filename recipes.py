@@ -1,25 +1,113 @@
-"""Training settings as data: a `Recipe` is a dozen numbers, and a recipe you can name is an entry in `RECIPES`."""
+"""Training settings as data: a `Recipe` is a dozen numbers and a schedule, and those with a name are in `RECIPES`.
 
+A schedule is a value too: each class below says which fastai callbacks move the learning rate through a training.
+"""
+
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from math import isfinite
+from typing import TYPE_CHECKING
 
 from errors import InputError
+
+if TYPE_CHECKING:
+    from fastai.callback.core import Callback
+
+# fastai takes seconds to import. The methods below do so themselves, so that --help answers at once.
+
+
+def moving(lr: Callable[[float], float]) -> "list[Callback]":
+    """fastai's `ParamScheduler` for a learning rate that is a function of the position in training, 0 to 1."""
+    from fastai.callback.schedule import ParamScheduler
+
+    return [ParamScheduler({"lr": lr})]
+
+
+@dataclass(frozen=True)
+class OneCycle:
+    """fastai's `fit_one_cycle`: by a cosine from peak / 25 to the peak at `pct_start`, and down to peak / 100,000."""
+
+    pct_start: float
+
+    def callbacks(self, peak: float) -> "list[Callback]":
+        from fastai.callback.schedule import combined_cos
+
+        return moving(combined_cos(self.pct_start, peak / 25, peak, peak / 1e5))
+
+
+@dataclass(frozen=True)
+class Linear:
+    """Straight lines through `knots`: (position in training, part of the peak), positions from 0 to 1."""
+
+    knots: tuple[tuple[float, float], ...]
+
+    def lr(self, peak: float, position: float) -> float:
+        """The learning rate at a position in training."""
+        for (x, y), (next_x, next_y) in zip(self.knots, self.knots[1:], strict=False):
+            if position < next_x:
+                return peak * (y + (next_y - y) * (position - x) / (next_x - x))
+        return peak * self.knots[-1][1]
+
+    def callbacks(self, peak: float) -> "list[Callback]":
+        return moving(partial(self.lr, peak))
+
+
+@dataclass(frozen=True)
+class Cyclic:
+    """Up from `base` (a part of the peak) and back on straight lines, `cycles` times.
+
+    From cycle to cycle the amplitude stays ("triangular"), halves ("triangular2"), or shrinks all the time, to `final`
+    of itself at the end ("exp_range": the paper's gamma to the power of the number of iterations).
+    Source: Smith, "Cyclical Learning Rates for Training Neural Networks" (2017), section 3.1.
+    """
+
+    mode: str
+    cycles: int
+    base: float
+    final: float = 1.0
+
+    def lr(self, peak: float, position: float) -> float:
+        """The learning rate at a position in training."""
+        cycle, within = divmod(position * self.cycles, 1)
+        shrunk = {"triangular": 1, "triangular2": 0.5**cycle, "exp_range": self.final**position}[self.mode]
+        return peak * (self.base + (1 - self.base) * shrunk * (1 - abs(2 * within - 1)))
+
+    def callbacks(self, peak: float) -> "list[Callback]":
+        return moving(partial(self.lr, peak))
+
+
+@dataclass(frozen=True)
+class Plateau:
+    """The peak from the start, divided by `factor` whenever `patience` epochs have not lowered the validation loss."""
+
+    factor: float
+    patience: int
+
+    def callbacks(self, peak: float) -> "list[Callback]":
+        from callbacks import ReduceLR
+
+        return [ReduceLR("valid_loss", patience=self.patience, factor=self.factor)]
+
+
+Schedule = OneCycle | Linear | Cyclic | Plateau
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """SGD with Nesterov momentum under fastai's one-cycle policy. Raises InputError for a value out of range."""
+    """SGD under a schedule: all that a run depends on, but for its seed. Raises InputError for a value out of range."""
 
     data: str  # the data set it is meant for
     epochs: int
     bs: int  # images a batch
-    lr: float  # the one-cycle peak
+    lr: float  # the schedule's peak
+    schedule: Schedule
     momentum: float
+    nesterov: bool
     wd: float  # weight decay, on every parameter
     label_smoothing: float
     logit_scale: float
     width: int  # channels of the first stage
-    pct_start: float  # the part of training that the learning rate rises for
     flip: float  # probability of a horizontal flip
     pad: int  # pixels of reflection around the image before the random crop
     cutout: int  # side of the square hole in pixels, 0 for none
@@ -27,7 +115,7 @@ class Recipe:
     def __post_init__(self):
         for name, least, most in (
             ("epochs", 1, 10_000), ("bs", 2, 1_000_000), ("lr", 0, 1_000), ("momentum", 0, 1), ("wd", 0, 1),
-            ("label_smoothing", 0, 1), ("logit_scale", 0, 1_000), ("width", 1, 4096), ("pct_start", 0, 1),
+            ("label_smoothing", 0, 1), ("logit_scale", 0, 1_000), ("width", 1, 4096),
             ("flip", 0, 1), ("pad", 0, 31), ("cutout", 0, 32),
         ):  # fmt: skip
             value = getattr(self, name)
@@ -37,38 +125,62 @@ class Recipe:
                                  f"and at most {most}")  # fmt: skip
 
 
+# David Page's cifar10-fast, `dawn.py`: the same network, and the starting point of ours.
+ANCESTOR = Recipe(
+    data="cifar10",
+    epochs=24,
+    bs=512,
+    lr=0.4,  # the highest peak that stays stable, thanks to the scaled logits
+    schedule=Linear(((0, 0), (5 / 24, 1), (1, 0))),  # five epochs of warm-up, then all the way down
+    momentum=0.9,
+    nesterov=True,
+    wd=5e-4,
+    label_smoothing=0.0,
+    logit_scale=0.125,  # max-pooled features are large: unscaled, the loss starts at 3.4 instead of ln 10 = 2.3
+    width=64,
+    flip=0.5,
+    pad=4,
+    cutout=8,
+)
+# The run this project descends from: 98 batches an epoch, no weight decay, the logits as they are. torch's OneCycleLR
+# with pct_start 0.208 puts the peak at step 0.208 * 2352 - 1 of 2352, and the end one step before the last.
+SEED = replace(
+    ANCESTOR,
+    lr=0.1,
+    schedule=Linear(((0, 1 / 256), (488.216 / 2352, 1), (2351 / 2352, 0), (1, 0))),
+    nesterov=False,
+    wd=0.0,
+    logit_scale=1.0,
+)
+FAST = replace(
+    ANCESTOR,
+    schedule=OneCycle(pct_start=0.2),
+    label_smoothing=0.1,  # the training set is fitted long before the end; this keeps the loss informative
+)
+
 RECIPES = {
-    # Ours for CIFAR-10. The starting point is cifar10-fast's recipe for the same network.
-    "fast": Recipe(
-        data="cifar10",
-        epochs=24,  # the budget in which this network's best public recipe reaches 94 %
-        bs=512,  # 97 steps an epoch: few enough to be fast, enough to learn in 24 epochs
-        lr=0.4,  # the highest peak that stays stable, thanks to the scaled logits
-        momentum=0.9,
-        wd=5e-4,
-        label_smoothing=0.1,  # the training set is fitted long before the end; this keeps the loss informative
-        logit_scale=0.125,  # max-pooled features are large: unscaled, the loss starts at 3.4 instead of ln 10 = 2.3
-        width=64,
-        pct_start=0.2,  # five epochs of warm-up
-        flip=0.5,
-        pad=4,
-        cutout=8,
+    "fast": FAST,
+    "ancestor": ANCESTOR,
+    "seed": SEED,
+    # The same descent's other text: a constant learning rate that falls when the validation loss does not.
+    "plateau": replace(
+        SEED,
+        epochs=40,
+        schedule=Plateau(factor=10, patience=3),  # three epochs tell a stall from the noise of one
     ),
+    # Smith's cyclical learning rates: three cycles of eight epochs, each half of which is four, as in the paper.
+    "cyclic": replace(FAST, schedule=Cyclic("triangular", cycles=3, base=0.1)),
+    "cyclic2": replace(FAST, schedule=Cyclic("triangular2", cycles=3, base=0.01)),  # ends low, so starts lower
+    "cyclic-exp": replace(FAST, schedule=Cyclic("exp_range", cycles=3, base=0.01, final=0.1)),
     # Handwritten digits on a laptop in about a minute: the whole job, small.
-    "demo": Recipe(
+    "demo": replace(
+        FAST,
         data="digits",
         epochs=12,
         bs=64,  # 22 steps an epoch from 1,438 images
         lr=0.1,  # smaller batches, smaller steps
-        momentum=0.9,
-        wd=5e-4,
-        label_smoothing=0.1,
-        logit_scale=0.125,
         width=16,  # 0.41 M parameters, which a CPU can train
-        pct_start=0.2,
         flip=0.0,  # a mirrored 2 is no digit
-        pad=4,
-        cutout=8,
     ),
 }
 
@@ -84,3 +196,27 @@ def get_recipe(recipe: str | Recipe = "fast", **changes) -> Recipe:
     if unknown := sorted(changes.keys() - set(names)):
         raise InputError(f"a recipe has no {', '.join(unknown)}; it has {', '.join(names)}")
     return replace(recipe, **changes)
+
+
+def recipe_table() -> str:
+    """All recipes as a table, a column each, and their schedules below."""
+    names = [field.name for field in fields(Recipe)]
+    columns = [["", *names]]
+    for name, recipe in RECIPES.items():
+        values = (getattr(recipe, field) for field in names)
+        columns.append(
+            [
+                name,
+                *(
+                    f"{v:.4g}" if isinstance(v, float) else type(v).__name__ if isinstance(v, Schedule) else str(v)
+                    for v in values
+                ),
+            ]
+        )
+    widths = [max(map(len, column)) for column in columns]
+    lines = [
+        "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
+        for row in zip(*columns, strict=True)
+    ]
+    schedules = [f"{name:<{max(map(len, RECIPES))}}  {recipe.schedule}" for name, recipe in RECIPES.items()]
+    return "\n".join([*lines, "", "schedules", *schedules])

@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lr_finder import DEFAULT, RangeTest
+from recipes import Recipe
 from run import complete
 
 # Okabe and Ito's palette, which the colour-blind can tell apart
@@ -86,3 +87,19 @@ def save_history(history: list[dict], folder: Path, what: str) -> None:
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend(frameon=False)
         _save(figure, folder / f"{kind}.png")
+
+
+def save_schedules(recipes: dict[str, Recipe], path: Path) -> None:
+    """The learning rate of each recipe over its epochs; where the validation loss decides, its start, dashed."""
+    figure, axes = _axes("Learning rate of each recipe", "epoch", "learning rate")
+    styles = zip(recipes.items(), (BLUE, ORANGE, GREEN, PURPLE, GREY, "black", "#56B4E9", "#E69F00"), strict=False)
+    for (name, recipe), color in styles:
+        position = np.linspace(0, 1, 1000)
+        scheduler = recipe.schedule.callbacks(recipe.lr)[0]
+        if hasattr(scheduler, "scheds"):
+            lr, style = [scheduler.scheds["lr"](p) for p in position], "-"
+        else:
+            lr, style, name = np.full(1000, recipe.lr), "--", f"{name}, until the loss stalls"
+        axes.plot(position * recipe.epochs, lr, style, color=color, label=name)
+    axes.legend(loc="upper right", frameon=False)
+    _save(figure, path)

@@ -22,7 +22,7 @@ from math import isfinite
 from typing import TYPE_CHECKING, Annotated
 
 from errors import InputError, run_command
-from recipes import RECIPES, Recipe, get_recipe
+from recipes import RECIPES, Recipe, get_recipe, recipe_table
 
 if TYPE_CHECKING:
     import torch
@@ -53,9 +53,9 @@ def get_learner(dls: "DataLoaders", recipe: str | Recipe = "fast", norm: str = "
     from fastcore.basics import defaults
     from fastcore.foundation import L
 
+    from callbacks import LazyProgress, LazyRecorder
     from export import carry_our_code
     from model import CustomResNet
-    from recorder import LazyProgress, LazyRecorder
 
     carry_our_code()
     recipe = get_recipe(recipe)
@@ -70,7 +70,7 @@ def get_learner(dls: "DataLoaders", recipe: str | Recipe = "fast", norm: str = "
     settings = {
         "loss_func": CrossEntropyLossFlat(label_smoothing=recipe.label_smoothing),
         # fastai's own SGD has no Nesterov momentum
-        "opt_func": partial(OptimWrapper, opt=torch.optim.SGD, momentum=recipe.momentum, nesterov=True),
+        "opt_func": partial(OptimWrapper, opt=torch.optim.SGD, momentum=recipe.momentum, nesterov=recipe.nesterov),
         "lr": recipe.lr,
         "wd": recipe.wd,
         "moms": (recipe.momentum,) * 3,  # constant, where fastai's default cycles it against the learning rate
@@ -94,20 +94,30 @@ def main(
     valid: Annotated[str, {"choices": ["test", "holdout"]}] = "test",  # Validate on the test set, or on a tenth of the training set
     device: str = "auto",  # auto, cpu, cuda, cuda:1 or mps
     out: str = None,  # Run folder, new or empty [runs/NNN-recipe]
+    tta: bool = False,  # At the end test on each image together with its mirror image, too
     compile: bool = False,  # Compile the network with torch.compile: about a minute more before the first step
     lr_find_only: bool = False,  # Stop after the range test
     no_lr_find: bool = False,  # Train without a range test
+    list_recipes: bool = False,  # Print all recipes and stop
 ):  # fmt: skip
     """Train a custom ResNet with fastai and albumentations: CIFAR-10 by default, or images of your own."""
     given = dict(locals())
+    if list_recipes:
+        print(recipe_table())
+        return
     if no_lr_find and (lr_find_only or lr == "auto"):
         other = "--lr-find-only" if lr_find_only else "--lr auto"
         raise InputError(f"--no-lr-find contradicts {other}; drop one of them")
     settings = get_recipe(recipe, data=data, epochs=epochs, lr=_learning_rate(lr), bs=bs, width=width)
+    if tta and settings.flip == 0:
+        raise InputError(
+            f"--tta: recipe {recipe} does not mirror images, so that its network does not know mirror images"
+        )
 
     warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated")  # fastai's import, nothing to do here
     from fastai.torch_core import set_seed
 
+    from callbacks import tta_accuracy
     from data import get_dls
     from export import export
     from lr_finder import range_test, undisturbed
@@ -125,7 +135,15 @@ def main(
     set_seed(seed)
     learn = get_learner(dls, settings, norm)
     run = learn.path = new_run_folder(recipe, out)
-    asked = {"recipe": recipe, **asdict(settings), "norm": norm, "seed": seed, "valid": valid, "compile": compile}
+    asked = {
+        "recipe": recipe,
+        **asdict(settings),
+        "schedule": str(settings.schedule),
+        "norm": norm,
+        "seed": seed,
+        "valid": valid,
+        "compile": compile,
+    }
     print_config(write_config(run, learn, asked | {"lr": lr if lr == "auto" else settings.lr}))
 
     # In a file or a pipe a progress bar is a heap of carriage returns. RunLog writes what fastai's own log leaves out.
@@ -153,7 +171,7 @@ def main(
 
         log = RunLog()
         print(f"training     {settings.epochs} epochs, peak learning rate {peak:.3g}")
-        learn.fit_one_cycle(settings.epochs, peak, pct_start=settings.pct_start, cbs=log)
+        learn.fit(settings.epochs, peak, cbs=[*settings.schedule.callbacks(peak), log])
 
     last, best = log.history[-1], log.history[(log.best_epoch or 1) - 1]
     if not isfinite(last["train_loss"]):
@@ -164,10 +182,14 @@ def main(
     save_weights(learn, "last")
     save_history(log.history, run, f"{dls.train_ds.items.name}, recipe {recipe}, width {settings.width}, seed {seed}")
     export(learn, run / "export.pkl")
+    averaged = ""
+    if tta:
+        with learn.no_bar():
+            averaged = f"with TTA     {tta_accuracy(learn):.2%}, averaged over each image and its mirror image\n"
     held_out = "a tenth of the training set" if valid == "holdout" else "here the test set"
     print(f"""
 last epoch   {last["valid_accuracy"]:.2%} accuracy on the validation set, {held_out}
-best epoch   {best["valid_accuracy"]:.2%} in epoch {best["epoch"]}, chosen on the validation set, so a little too good to quote
+{averaged}best epoch   {best["valid_accuracy"]:.2%} in epoch {best["epoch"]}, chosen on the validation set, so a little too good to quote
 run folder   {run}: the pictures, history.csv, models/last.pth, models/best.pth, and export.pkl from the last epoch
 
 use it       python -c "from fastai.learner import load_learner; print(load_learner('{run}/export.pkl').predict('IMAGE.png'))"

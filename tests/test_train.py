@@ -19,6 +19,7 @@ from fastai.learner import load_learner
 from PIL import Image
 
 from data import get_dls
+from errors import InputError
 from export import export
 from recipes import get_recipe
 from run import RunLog
@@ -48,7 +49,7 @@ for path, name in list(zip(paths, names))[:3]:
     for item in (path, str(path), image, image.convert("RGBA"), np.array(image), path.read_bytes()):
         label, index, probabilities = learn.predict(item)
         assert label == name and abs(float(probabilities.sum()) - 1) < 1e-5, (path, type(item), label, name)
-ours = {"train_fastai", "data", "images", "model", "aug", "export", "recorder", "errors", "albumentations"}
+ours = {"train_fastai", "data", "images", "model", "aug", "export", "callbacks", "errors", "albumentations"}
 assert not ours & set(sys.modules), ours & set(sys.modules)
 """
 
@@ -169,6 +170,27 @@ def test_compile_changes_nothing_but_the_speed(tmp_path, capsys, monkeypatch):
     assert load_learner(tmp_path / "b/export.pkl").predict(np.zeros((32, 32), np.uint8))[0] in "0123456789"
 
 
+def test_tta_averages_over_mirror_images_and_stands_beside_the_plain_figure(tmp_path, capsys):
+    common = {"recipe": "demo", "width": 4, "epochs": 2, "device": "cpu", "no_lr_find": True}
+    with pytest.raises(InputError, match="--tta: recipe demo does not mirror images"):
+        main(**common, tta=True, out=str(tmp_path / "demo"))
+    assert not (tmp_path / "demo").exists()
+
+    common |= {"recipe": "fast", "data": "digits", "bs": 64, "lr": "0.1"}
+    main(**common, tta=True, out=str(tmp_path / "fast"))
+    out = capsys.readouterr().out
+    dls = get_dls("digits", bs=64, device="cpu")
+    learn = get_learner(dls, get_recipe("fast", width=4), path=tmp_path / "fast")
+    learn.load("last", with_opt=False)
+    x, y = (torch.cat(part) for part in zip(*dls.valid, strict=True))
+    x, y, model = x.as_subclass(torch.Tensor), y.as_subclass(torch.Tensor), learn.model.eval()
+    with torch.no_grad():
+        logits, averaged = model(x), model(x) + model(x.flip(3))
+    for line, scores in (("last epoch   ", logits), ("with TTA     ", averaged)):
+        assert f"{line}{(scores.argmax(1) == y).float().mean():.2%}" in out
+    assert (logits.argmax(1) != averaged.argmax(1)).any()
+
+
 def test_lr_auto_trains_at_the_suggestion(tmp_path, capsys):
     main(recipe="demo", width=4, epochs=1, lr="auto", device="cpu", out=str(tmp_path / "run"))
     test = json.loads((tmp_path / "run/lr_find.json").read_text())
@@ -240,7 +262,7 @@ def line_of(result):
         ("--epoch 3", "unknown option --epoch (did you mean --epochs?); the options are --help --data --recipe"),
         ("--lr-find", "unknown option --lr-find (did you mean --lr-find-only?)"),
         ("digits", "unknown option digits"),
-        ("--recipe fsat", "'fsat' (choose from 'fast', 'demo')"),
+        ("--recipe fsat", "'fsat' (choose from 'fast', 'ancestor', 'seed', "),
         ("--norm instance", "'instance' (choose from 'batch', 'layer', 'group')"),
         ("--valid val", "'val' (choose from 'test', 'holdout')"),
         ("--epochs ten", "argument --epochs: invalid int value: 'ten'"),
@@ -314,4 +336,5 @@ def test_help_explains_every_option_at_once(command):
     assert not {"torch", "fastai", "numpy"} & imported, "nothing that takes seconds"
     options = re.findall(r"^  (--[a-z-]+)", result.stdout, re.M)
     assert {"--data", "--recipe", "--epochs", "--lr", "--bs", "--width", "--norm", "--seed", "--workers", "--valid",
-            "--device", "--out", "--compile", "--lr-find-only", "--no-lr-find"} <= set(options)  # fmt: skip
+            "--device", "--out", "--compile", "--tta", "--list-recipes", "--lr-find-only",
+            "--no-lr-find"} <= set(options)  # fmt: skip

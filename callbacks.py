@@ -1,13 +1,17 @@
-"""fastai's recorder and progress bar without their wait for the device at every batch.
+"""fastai callbacks: its own where they wait for the device at every batch or do nothing, and flip averaging.
 
 A GPU works through a queue: whoever reads a loss waits until all that was queued before it is done, and the queue then
-runs empty. fastai's own callbacks do so at every batch. These keep what they record and show.
+runs empty. fastai's recorder and progress bar do so at every batch. Ours keep what they record and show.
 """
 
 import torch
+from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
-from fastai.learner import AvgSmoothLoss, Recorder
+from fastai.callback.tracker import ReduceLROnPlateau
+from fastai.learner import AvgSmoothLoss, Learner, Recorder
+from fastai.metrics import accuracy
 from fastai.torch_core import to_detach
+from fastcore.basics import noop
 
 
 class SmoothLoss(AvgSmoothLoss):
@@ -58,3 +62,30 @@ class LazyProgress(ProgressCallback):
         self.pbar.update(self.iter + 1)
         if self.pbar.last_v == self.iter + 1 and hasattr(self, "smooth_loss"):
             self.pbar.comment = f"{self.smooth_loss.item():.4f}"
+
+
+class ReduceLR(ReduceLROnPlateau):
+    """fastai's `ReduceLROnPlateau`; with one of torch's optimisers fastai lowers a copy of the learning rate."""
+
+    def after_epoch(self):
+        lr = self.opt.hypers[-1]["lr"]
+        super().after_epoch()
+        if self.wait == 0 and not self.new_best:
+            self.opt.set_hyper("lr", max(lr / self.factor, self.min_lr))
+
+
+class Mirror(Callback):
+    """Turns every image around, left to right."""
+
+    def before_batch(self):
+        self.learn.xb = tuple(x.flip(-1) for x in self.xb)
+
+
+def tta_accuracy(learn: Learner) -> float:
+    """Accuracy on the validation set of the logits averaged over each image and its mirror image.
+
+    fastai's `tta` averages over random augmentations instead. Source: Page's "bag of tricks", as "TTA".
+    """
+    logits, targets = learn.get_preds(act=noop)
+    mirrored, _ = learn.get_preds(act=noop, cbs=Mirror())
+    return accuracy(logits + mirrored, targets).item()
