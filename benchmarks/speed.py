@@ -9,13 +9,14 @@ Run it on a machine that does nothing else. Only the ratios within one table mea
 import os
 import platform
 import sys
+import warnings
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from errors import run_command
+from errors import InputError, run_command
 
 PARTS = ("steps", "loaders", "profile", "growth", "workers", "start")
 
@@ -47,6 +48,11 @@ def main(
     import loaders
     import start
     import steps
+
+    for option, value in (("--width", width), ("--rounds", rounds)):
+        if value < 1:
+            raise InputError(f"{option} is {value}: it must be at least 1")
+    warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated")  # fastai's import
     import torch
 
     from run import write_json
