@@ -44,15 +44,15 @@ def main(
     save: str = None,  # Write the figures to this JSON file as well
 ):
     """Measure the loaders, whole training steps, how cost grows with the data, and the start."""
+    for option, value in (("--width", width), ("--rounds", rounds)):
+        if value < 1:
+            raise InputError(f"{option} is {value}: it must be at least 1")
+    warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated")  # fastai's import
     import growth
     import loaders
     import start
     import steps
 
-    for option, value in (("--width", width), ("--rounds", rounds)):
-        if value < 1:
-            raise InputError(f"{option} is {value}: it must be at least 1")
-    warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated")  # fastai's import
     import torch
 
     from run import write_json
