@@ -52,7 +52,6 @@ def main(
     import loaders
     import start
     import steps
-
     import torch
 
     from run import write_json
