@@ -317,7 +317,10 @@ def test_a_bug_keeps_its_traceback(tmp_path):
 
 def test_ctrl_c_is_one_line(tmp_path):
     words = [sys.executable, str(ROOT / "train_fastai.py"), *TINY, "--epochs", "200", "--no-lr-find"]
-    process = subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # Whoever runs the tests in the background has the signal ignored, and children inherit that.
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(words, cwd=tmp_path, stdout=pipe, stderr=pipe, text=True, preexec_fn=heard)
     for line in process.stdout:
         if line.startswith("epoch"):
             break
