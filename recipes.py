@@ -200,23 +200,17 @@ def get_recipe(recipe: str | Recipe = "fast", **changes) -> Recipe:
 
 def recipe_table() -> str:
     """All recipes as a table, a column each, and their schedules below."""
+
+    def cell(value) -> str:
+        if isinstance(value, Schedule):
+            return type(value).__name__
+        return f"{value:.4g}" if isinstance(value, float) else str(value)
+
     names = [field.name for field in fields(Recipe)]
     columns = [["", *names]]
-    for name, recipe in RECIPES.items():
-        values = (getattr(recipe, field) for field in names)
-        columns.append(
-            [
-                name,
-                *(
-                    f"{v:.4g}" if isinstance(v, float) else type(v).__name__ if isinstance(v, Schedule) else str(v)
-                    for v in values
-                ),
-            ]
-        )
+    columns += [[name, *(cell(getattr(recipe, field)) for field in names)] for name, recipe in RECIPES.items()]
     widths = [max(map(len, column)) for column in columns]
-    lines = [
-        "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
-        for row in zip(*columns, strict=True)
-    ]
+    rows = zip(*columns, strict=True)
+    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
     schedules = [f"{name:<{max(map(len, RECIPES))}}  {recipe.schedule}" for name, recipe in RECIPES.items()]
     return "\n".join([*lines, "", "schedules", *schedules])

@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 def get_learner(dls: "DataLoaders", recipe: str | Recipe = "fast", norm: str = "batch", **kwargs) -> "Learner":
     """A plain fastai `Learner`: the recipe's network, loss and optimiser, channels-last, on CUDA in mixed precision.
 
-    `kwargs` go to `Learner`; callbacks among them come on top of these. Raises InputError for an unknown recipe, ValueError for an unknown norm.
+    `kwargs` go to `Learner`; callbacks among them come on top of these. Raises InputError for an unknown recipe,
+    ValueError for an unknown norm.
     """
     from functools import partial
 

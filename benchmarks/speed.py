@@ -47,6 +47,8 @@ def main(
     for option, value in (("--width", width), ("--rounds", rounds)):
         if value < 1:
             raise InputError(f"{option} is {value}: it must be at least 1")
+    if save and not Path(save).absolute().parent.is_dir():
+        raise InputError(f"--save {save}: there is no folder of that name to write to; make it first")
     warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated")  # fastai's import
     import growth
     import loaders

@@ -77,19 +77,8 @@ def start(rounds: int = 3) -> list[dict]:
         cifar10 = fake_cifar10(folder)
 
         def train(run):
-            out = folder / str(run)
-            words = [
-                sys.executable,
-                str(TRAIN),
-                "--data",
-                str(cifar10),
-                "--no-lr-find",
-                "--device",
-                "cpu",
-                "--out",
-                str(out),
-            ]
-            return first_step(words, env)
+            options = ["--data", str(cifar10), "--no-lr-find", "--device", "cpu", "--out", str(folder / str(run))]
+            return first_step([sys.executable, str(TRAIN), *options], env)
 
         def help_(_):
             begin = perf_counter()
