@@ -3,7 +3,7 @@
 import os
 import weakref
 from collections.abc import Iterator
-from itertools import count
+from itertools import count, cycle
 from pathlib import Path
 
 import fastai.vision.data  # noqa: F401  tells show_batch how to draw images
@@ -16,11 +16,12 @@ from fastai.torch_core import TensorCategory, TensorImage, default_device, to_de
 from fastai.vision.core import PILImage
 from fastcore.basics import chunked
 from PIL import Image
+from torch.utils.data import get_worker_info
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from aug import KeyedAugment, train_transforms
 from errors import InputError
-from images import ImageTable, to_rgb
+from images import SIZE, ImageTable, to_rgb
 from sources import load_images
 
 VALID = ("test", "holdout")
@@ -50,9 +51,10 @@ class KeyedDL(TfmdDL):
     """A `TfmdDL` that builds a whole uint8 batch of an `ImageTable` in one go; floats are made on the device.
 
     With a `seed`, order and augmentation depend on (seed, epoch, position) alone. `epoch` counts how often the loader
-    has been iterated; set it to repeat an epoch. With `keep_workers` the worker processes live as long as the loader:
-    what is changed in it after the first epoch does not reach them. Items from elsewhere (`test_dl`, `predict`) take
-    fastai's usual way through the item transforms, which the table's images, decoded to size beforehand, do not need.
+    has been iterated; set it to repeat an epoch. With `keep_workers`, which needs a seed and a table, the worker
+    processes live as long as the loader: what is changed in it after the first epoch does not reach them. Items from
+    elsewhere (`test_dl`, `predict`) take fastai's usual way through the item transforms, which the table's images,
+    decoded to size beforehand, do not need.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class KeyedDL(TfmdDL):
         **kwargs,
     ):
         self.seed, self.augment, self.keep_workers, self._workers = seed, augment, keep_workers, None
+        self._rooms = None
         self._epoch = torch.tensor(-1).share_memory_()  # workers that are kept read it here
         super().__init__(dataset, *args, persistent_workers=keep_workers, **kwargs)
 
@@ -95,6 +98,11 @@ class KeyedDL(TfmdDL):
         # What fastai's loader does, but for starting new workers every time
         self.before_iter()
         if self._workers is None:
+            # Shared memory for the batches that a worker has ready or under way, and for the one that is being taken.
+            # To make and map some for every batch, as torch does, costs more than to fill it.
+            rooms = (self.fake_l.num_workers, self.fake_l.prefetch_factor + 1)
+            self._rooms = torch.empty((*rooms, self.bs, SIZE, SIZE, 3), dtype=torch.uint8).share_memory_()
+            self.fake_l.pin_memory = False  # torch would pin what the workers send; it is pinned below
             self._workers = _Workers(self.fake_l)
             # They stop when the loader goes. Garbage collection alone would close their queues first and then wait five
             # seconds for each; a finalizer has them whole, if they do not hold the loader in turn.
@@ -102,8 +110,10 @@ class KeyedDL(TfmdDL):
             weakref.finalize(self, self._workers._shutdown_workers)
         else:
             self._workers._reset(self.fake_l)
-        for batch in self._workers:
-            yield self.after_batch(to_device(tuple(batch), self.device, non_blocking=self.pin_memory))
+        for room, n, *labels in self._workers:
+            batch = _typed(self._rooms[room][:n], *labels)
+            batch = tuple(t.pin_memory() if self.pin_memory else t.clone() for t in batch)  # the room is filled again
+            yield self.after_batch(to_device(batch, self.device, non_blocking=self.pin_memory))
         self.after_iter()
 
     def sample(self):
@@ -136,14 +146,25 @@ class KeyedDL(TfmdDL):
         if not isinstance(table, ImageTable):
             yield from super().create_batches(samps)
             return
+        rooms = cycle(range(self._rooms.shape[1])) if self.keep_workers and get_worker_info() else None
         positions = filter(self._is_mine, count())
         for chunk in chunked(zip(positions, samps, strict=False), self.bs, self.drop_last):
             positions_, indices = zip(*chunk, strict=True)
-            images, labels = table.batch(list(indices))
+            images, *labels = table.batch(list(indices))[: len(self.dataset.tls)]  # a test set has no labels
             if self.augment is not None:
                 images = self.augment(images, self.epoch, positions_)
-            x, y = torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels)
-            yield (TensorImage(x), TensorCategory(y))[: len(self.dataset.tls)]  # a test set has no labels
+            x = torch.from_numpy(images)
+            if rooms:
+                room = self.offs, next(rooms)
+                self._rooms[room][: len(x)] = x
+                yield room, len(x), *labels
+            else:
+                yield _typed(x, *labels)
+
+
+def _typed(x: torch.Tensor, *labels: np.ndarray) -> tuple:
+    """fastai's tensors for uint8 (n, H, W, C) and n labels: the first is a view, (n, C, H, W)."""
+    return TensorImage(x.permute(0, 3, 1, 2)), *(TensorCategory(torch.from_numpy(y)) for y in labels)
 
 
 def get_dls(

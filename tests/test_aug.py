@@ -12,7 +12,7 @@ from fastai.data.block import CategoryBlock, DataBlock
 from fastai.data.transforms import AttrGetter, IndexSplitter, Normalize
 from fastai.vision.core import PILImage
 from fastai.vision.data import ImageBlock
-from fasttransform import Transform
+from fasttransform import Pipeline, Transform
 from scipy.stats import chi2_contingency, chisquare, kstest
 
 from aug import BitRandom, Cutout, KeyedAugment, train_transforms
@@ -126,6 +126,19 @@ def test_workers_start_once_and_survive_a_broken_off_epoch():
     assert pids <= {worker.pid for worker in multiprocessing.active_children()}
     assert third == [draw_epoch(other) for other in [ours(0)] for _ in range(3)][2]
     assert not set(first) & set(third)
+
+
+def test_batches_stay_as_they_are_while_workers_run_ahead():
+    def uint8_batches(workers):
+        loader = ours(workers)
+        loader.after_batch = Pipeline([])
+        for x, y in loader:
+            time.sleep(0.02 * workers)  # the workers have all that they may prepare ready by now
+            yield x, y
+
+    for (x, y), (kept_x, kept_y) in zip(uint8_batches(0), list(uint8_batches(2)), strict=True):
+        assert torch.equal(x, kept_x)
+        assert torch.equal(y, kept_y)
 
 
 def test_workers_stop_when_their_loader_goes():
