@@ -1,5 +1,6 @@
 """The pictures of a run, drawn with matplotlib's `Figure`: a notebook's own figures and backend stay as they are."""
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -103,3 +104,15 @@ def save_schedules(recipes: dict[str, Recipe], path: Path) -> None:
         axes.plot(position * recipe.epochs, lr, style, color=color, label=name)
     axes.legend(loc="upper right", frameon=False)
     _save(figure, path)
+
+
+def runs_table(results: list[dict]) -> str:
+    """The accuracies of several runs in percent, a line each, and mean, standard deviation, minimum and maximum."""
+    names = {"last_accuracy": "last epoch", "tta_accuracy": "with TTA"}
+    names = {key: name for key, name in names.items() if results[0][key] is not None}
+    columns = [np.array([100 * result[key] for result in results]) for key in names]
+    rows = [("seed", *names.values())]
+    rows += [(result["seed"], *(f"{column[i]:.2f}" for column in columns)) for i, result in enumerate(results)]
+    for name, of in (("mean", np.mean), ("std", partial(np.std, ddof=1)), ("min", np.min), ("max", np.max)):
+        rows.append((name, *(f"{of(column):.2f}" for column in columns)))
+    return "\n".join(f"{first!s:<6}" + "".join(f"{cell:>12}" for cell in rest) for first, *rest in rows)

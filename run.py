@@ -81,7 +81,7 @@ def new_run_folder(recipe: str, out: str | None = None, parent: str = "runs") ->
 def write_config(run: Path, learn: Learner, arguments: dict) -> dict:
     """Write `config.json`: what was asked for, on what data, device and versions. Returns its content."""
     device, table = learn.dls.device, learn.dls.train_ds.items
-    cpu = platform.processor() or platform.machine()
+    cpu = f"{os.cpu_count()} cores, {platform.machine()}"
     config = {
         **arguments,
         "source": table.name,

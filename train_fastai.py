@@ -12,6 +12,7 @@ In a notebook:
     learn.fit_one_cycle(12, 0.1)
 """
 
+import gc
 import inspect
 import shlex
 import sys
@@ -19,6 +20,7 @@ import warnings
 from contextlib import nullcontext
 from dataclasses import asdict
 from math import isfinite
+from time import perf_counter
 from typing import TYPE_CHECKING, Annotated
 
 from errors import InputError, run_command
@@ -91,6 +93,7 @@ def main(
     width: int = None,  # Channels of the network's first stage [the recipe's]
     norm: Annotated[str, {"choices": ["batch", "layer", "group"]}] = "batch",  # Normalisation layers
     seed: int = 0,  # Of the weights, the order of the images and their augmentation
+    runs: int = 1,  # Seeds to train one after the other, from --seed on
     workers: int = None,  # Loader processes [one a core up to 8 for a GPU, 0 on a CPU]
     valid: Annotated[str, {"choices": ["test", "holdout"]}] = "test",  # Validate on the test set, or on a tenth of the training set
     device: str = "auto",  # auto, cpu, cuda, cuda:1 or mps
@@ -100,15 +103,21 @@ def main(
     lr_find_only: bool = False,  # Stop after the range test
     no_lr_find: bool = False,  # Train without a range test
     list_recipes: bool = False,  # Print all recipes and stop
-):  # fmt: skip
-    """Train a custom ResNet with fastai and albumentations: CIFAR-10 by default, or images of your own."""
+) -> dict | None:  # fmt: skip
+    """Train a custom ResNet with fastai and albumentations: CIFAR-10 by default, or images of your own.
+
+    Returns what is in the run folder's `result.json`, if it trained one network.
+    """
     given = dict(locals())
     if list_recipes:
         print(recipe_table())
-        return
+        return None
     if no_lr_find and (lr_find_only or lr == "auto"):
         other = "--lr-find-only" if lr_find_only else "--lr auto"
         raise InputError(f"--no-lr-find contradicts {other}; drop one of them")
+    if runs < 1 or (runs > 1 and lr_find_only):
+        why = "--lr-find-only does not train" if runs > 1 else "it must be at least 1"
+        raise InputError(f"--runs is {runs}: {why}")
     settings = get_recipe(recipe, data=data, epochs=epochs, lr=_learning_rate(lr), bs=bs, width=width)
     if tta and settings.flip == 0:
         raise InputError(
@@ -122,10 +131,21 @@ def main(
     from data import get_dls
     from export import export
     from lr_finder import range_test, undisturbed
-    from report import save_augmentations, save_history, save_lr_find
-    from run import RunLog, check_out, new_run_folder, print_config, save_weights, write_config
+    from report import runs_table, save_augmentations, save_history, save_lr_find
+    from run import RunLog, check_out, new_run_folder, print_config, save_weights, write_config, write_json
 
     check_out(out)
+    if runs > 1:
+        results = []
+        for number in range(seed, seed + runs):
+            print(f"{number - seed + 1} of {runs} runs\n")
+            folder = out and f"{out}/seed-{number}"
+            results.append(main(**{**given, "runs": 1, "seed": number, "out": folder}))
+            gc.collect()  # a Learner is full of cycles; with it go its memory on the device and its loaders' processes
+            print()
+        print(f"accuracy on the validation set, in %\n\n{runs_table(results)}")
+        return None
+    started = perf_counter()
     device = get_device(device)
     if compile:
         _check_compiler(device)
@@ -145,7 +165,8 @@ def main(
         "valid": valid,
         "compile": compile,
     }
-    print_config(write_config(run, learn, asked | {"lr": lr if lr == "auto" else settings.lr}))
+    config = write_config(run, learn, asked | {"lr": lr if lr == "auto" else settings.lr})
+    print_config(config)
 
     # In a file or a pipe a progress bar is a heap of carriage returns. RunLog writes what fastai's own log leaves out.
     with nullcontext() if sys.stdout.isatty() else learn.no_bar(), learn.no_logging():
@@ -155,7 +176,7 @@ def main(
         if compile:
             learn.model.compile()
 
-        peak = settings.lr
+        peak, test = settings.lr, None
         if not no_lr_find:
             test = range_test(learn)
             peak = test.suggestion if lr == "auto" else peak
@@ -166,7 +187,7 @@ def main(
             if lr_find_only:
                 again = _command(given, lr="LR", lr_find_only=False, out=None)
                 print(f"see          {run / 'lr_find.png'}\ntrain        {again}")
-                return
+                return None
             if peak is None:
                 raise InputError("--lr auto: the range test's curve is too short for a suggestion; pass --lr NUMBER")
 
@@ -183,18 +204,30 @@ def main(
     save_weights(learn, "last")
     save_history(log.history, run, f"{dls.train_ds.items.name}, recipe {recipe}, width {settings.width}, seed {seed}")
     export(learn, run / "export.pkl")
-    averaged = ""
-    if tta:
-        with learn.no_bar():
-            averaged = f"with TTA     {tta_accuracy(learn):.2%}, averaged over each image and its mirror image\n"
+    with learn.no_bar():
+        averaged = tta_accuracy(learn) if tta else None
+    result = {
+        **config,
+        "peak_lr": peak,
+        "suggestions": test and test.suggestions,
+        "last_accuracy": last["valid_accuracy"],
+        "tta_accuracy": averaged and round(averaged, 6),
+        "best_accuracy": best["valid_accuracy"],
+        "best_epoch": best["epoch"],
+        "seconds": round(perf_counter() - started, 2),
+        "history": log.history,
+    }
+    write_json(run / "result.json", result)
+    mirrored = f"with TTA     {averaged:.2%}, averaged over each image and its mirror image\n" if tta else ""
     held_out = "a tenth of the training set" if valid == "holdout" else "here the test set"
     print(f"""
 last epoch   {last["valid_accuracy"]:.2%} accuracy on the validation set, {held_out}
-{averaged}best epoch   {best["valid_accuracy"]:.2%} in epoch {best["epoch"]}, chosen on the validation set, so a little too good to quote
-run folder   {run}: the pictures, history.csv, models/last.pth, models/best.pth, and export.pkl from the last epoch
+{mirrored}best epoch   {best["valid_accuracy"]:.2%} in epoch {best["epoch"]}, chosen on the validation set, so a little too good to quote
+run folder   {run}: the pictures, history.csv, result.json, models/last.pth, models/best.pth, and export.pkl from the last epoch
 
 use it       python -c "from fastai.learner import load_learner; print(load_learner('{run}/export.pkl').predict('IMAGE.png'))"
 again        {_command(given, seed=seed + 1, out=None)}""")
+    return result
 
 
 def _command(given: dict, **changes) -> str:
