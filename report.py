@@ -14,11 +14,12 @@ from run import complete
 
 # Okabe and Ito's palette, which the colour-blind can tell apart
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#777777"
+COLORS = (BLUE, ORANGE, GREEN, PURPLE, GREY, "black", "#56B4E9", "#E69F00")
 
 
-def _save(figure: Figure, path: Path) -> None:
+def _save(figure: Figure, path: Path, comment: str | None = None) -> None:
     with complete(path) as beside:
-        figure.savefig(beside, dpi=120)
+        figure.savefig(beside, dpi=120, metadata={"Comment": comment} if comment else None)
 
 
 def _axes(title: str, xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
@@ -90,11 +91,30 @@ def save_history(history: list[dict], folder: Path, what: str) -> None:
         _save(figure, folder / f"{kind}.png")
 
 
-def save_schedules(recipes: dict[str, Recipe], path: Path) -> None:
+def save_comparison(results: list[dict], path: Path, comment: str | None = None) -> None:
+    """The validation accuracy of each recipe over the epochs: the mean of its runs, and a band from lowest to highest.
+
+    results: what is in the `result.json` of runs on the same data with networks of the same width.
+    """
+    first = results[0]
+    figure, axes = _axes(f"{first['source']}, width {first['width']}", "epoch", "validation accuracy in %")
+    recipes = dict.fromkeys((result["recipe"], result["epochs"]) for result in results)
+    for (name, epochs), color in zip(recipes, COLORS, strict=False):
+        runs = [result for result in results if (result["recipe"], result["epochs"]) == (name, epochs)]
+        curves = np.array([[100 * row["valid_accuracy"] for row in result["history"]] for result in runs])
+        x, last = range(1, curves.shape[1] + 1), curves[:, -1]
+        axes.fill_between(x, curves.min(0), curves.max(0), color=color, alpha=0.2, lw=0)
+        label = f"{name}: {last.mean():.2f} % after {epochs} epochs, {len(runs)} seed{'s' * (len(runs) > 1)}"
+        axes.plot(x, curves.mean(0), "o-", ms=3, color=color, label=label)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend(frameon=False, loc="lower right")
+    _save(figure, path, comment)
+
+
+def save_schedules(recipes: dict[str, Recipe], path: Path, comment: str | None = None) -> None:
     """The learning rate of each recipe over its epochs; where the validation loss decides, its start, dashed."""
     figure, axes = _axes("Learning rate of each recipe", "epoch", "learning rate")
-    styles = zip(recipes.items(), (BLUE, ORANGE, GREEN, PURPLE, GREY, "black", "#56B4E9", "#E69F00"), strict=False)
-    for (name, recipe), color in styles:
+    for (name, recipe), color in zip(recipes.items(), COLORS, strict=False):
         position = np.linspace(0, 1, 1000)
         scheduler = recipe.schedule.callbacks(recipe.lr)[0]
         if hasattr(scheduler, "scheds"):
@@ -103,7 +123,7 @@ def save_schedules(recipes: dict[str, Recipe], path: Path) -> None:
             lr, style, name = np.full(1000, recipe.lr), "--", f"{name}, until the loss stalls"
         axes.plot(position * recipe.epochs, lr, style, color=color, label=name)
     axes.legend(loc="upper right", frameon=False)
-    _save(figure, path)
+    _save(figure, path, comment)
 
 
 def runs_table(results: list[dict]) -> str:

@@ -18,7 +18,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from errors import InputError, run_command
 
-PARTS = ("steps", "loaders", "profile", "growth", "workers", "start")
+PARTS = {
+    "steps": "Training, batch 512: seconds per epoch of 97 steps on a GPU, 3 on a CPU",
+    "loaders": "Loading, on one core, batch 512",
+    "profile": "Where our loader's time goes, on one core, batch 512",
+    "growth": "Growth: our loader over more and more images, memory beyond the imports",
+    "workers": "Memory of the whole process tree with four workers, 50,000 images, beyond the imports",
+    "start": "Start, on the CPU, 60,000 images",
+}
 
 
 def cell(value) -> str:
@@ -35,8 +42,23 @@ def table(rows: list[dict]) -> str:
     return "\n".join("  ".join([first.ljust(widths[0]), *map(str.rjust, rest, widths[1:])]) for first, *rest in lines)
 
 
+def section(part: str, rows: list[dict]) -> str:
+    """The table of a part, and the ratios that matter."""
+    import loaders
+    import steps
+
+    summary = {"steps": steps.summary, "loaders": loaders.summary}.get(part)
+    return table(rows) + (f"\n\n{summary(rows)}" if summary else "")
+
+
+def heading(figures: dict) -> str:
+    """On what the figures were measured."""
+    versions = (f"{package} {number}" for package, number in figures["versions"].items())
+    return ", ".join([figures["device"], f"Python {figures['python']}", *versions])
+
+
 def main(
-    only: Annotated[str, {"choices": PARTS}] = None,  # One part [all of them]
+    only: Annotated[str, {"choices": list(PARTS)}] = None,  # One part [all of them]
     device: str = "auto",  # For the training steps: auto, cpu or cuda
     width: int = 64,  # Of the network in the training steps
     rounds: int = 4,  # How often each way of loading and of training is timed
@@ -64,7 +86,7 @@ def main(
     name = torch.cuda.get_device_name(device) if gpu else f"{os.cpu_count()} CPU cores, {platform.machine()}"
     versions = {package: version(package) for package in ("torch", "fastai", "albumentations", "torchvision", "numpy")}
     figures = {"device": name, "python": platform.python_version(), "versions": versions}
-    print(f"{name}, " + ", ".join(f"{package} {number}" for package, number in versions.items()))
+    print(heading(figures))
     parts = {
         "steps": lambda: steps.steps(device, width, 50_000 if gpu else 1536, rounds, compile),
         "loaders": lambda: loaders.loaders(rounds=rounds),
@@ -73,21 +95,11 @@ def main(
         "workers": growth.workers,
         "start": start.start,
     }
-    titles = {
-        "steps": f"Training, batch 512, width {width}: seconds per epoch of {'97 steps' if gpu else '3 steps'}",
-        "loaders": "Loading, on one core, batch 512",
-        "profile": "Where our loader's time goes, on one core, batch 512",
-        "growth": "Growth: our loader over more and more images, memory beyond the imports",
-        "workers": "Memory of the whole process tree with four workers, 50,000 images, beyond the imports",
-        "start": "Start, on the CPU, 60,000 images",
-    }
     for part, measure in parts.items():
         if only in (None, part):
-            print(f"\n{titles[part]}\n", flush=True)
+            print(f"\n{PARTS[part]}\n", flush=True)
             figures[part] = measure()
-            print(table(figures[part]))
-            if part in ("steps", "loaders"):
-                print("\n" + {"steps": steps, "loaders": loaders}[part].summary(figures[part]), flush=True)
+            print(section(part, figures[part]), flush=True)
             if save:
                 write_json(Path(save), figures)
 

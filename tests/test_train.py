@@ -2,6 +2,7 @@
 
 import csv
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -26,7 +27,7 @@ from run import RunLog
 from train_fastai import get_learner, main
 
 FILES = {
-    "config.json", "history.csv", "augmentations.png", "loss.png", "accuracy.png", "export.pkl",
+    "config.json", "history.csv", "result.json", "augmentations.png", "loss.png", "accuracy.png", "export.pkl",
     "lr_find.png", "lr_find.csv", "lr_find.json", "models/best.pth", "models/last.pth",
 }  # fmt: skip
 TINY = ("--recipe", "demo", "--width", "4", "--device", "cpu")
@@ -107,6 +108,15 @@ def test_the_whole_job(command, tmp_path):
     assert f"last epoch   {last:.2f}%" in out
     assert f"best epoch   {best:.2f}%" in out
 
+    result = json.loads((run / "result.json").read_text())
+    assert config.items() <= result.items()
+    assert [{name: str(value) for name, value in row.items()} for row in result["history"]] == rows
+    assert result["suggestions"] == test["suggestions"]
+    accuracies = [result[f"{which}_accuracy"] for which in ("last", "best", "tta")]
+    assert accuracies[:2] == pytest.approx([last / 100, best / 100])
+    assert accuracies[2] is None
+    assert sum(row["seconds"] for row in result["history"]) < result["seconds"]
+
     assert command(*TINY, "--epochs", 1, "--no-lr-find").returncode == 0
     assert files(tmp_path / "cwd/runs/002-demo") == {name for name in FILES if "lr_find" not in name}
 
@@ -123,6 +133,32 @@ def test_one_seed_one_result_with_and_without_the_range_test(tmp_path, capsys, w
     assert same_weights(weights(tmp_path / "c"), weights(tmp_path / "d")), "whatever the number of workers"
     main(**{**common, "epochs": 1}, seed=2, out=str(tmp_path / "e"), no_lr_find=True)
     assert not same_weights(weights(tmp_path / "d"), weights(tmp_path / "e"))
+
+
+def test_several_runs_are_those_of_their_seeds_and_a_table(tmp_path, capsys):
+    common = {
+        "recipe": "fast",
+        "data": "digits",
+        "bs": 64,
+        "width": 4,
+        "epochs": 1,
+        "device": "cpu",
+        "no_lr_find": True,
+    }
+    before = set(multiprocessing.active_children())
+    main(**common, tta=True, seed=4, runs=2, workers=1, out=str(tmp_path / "both"))
+    assert not set(multiprocessing.active_children()) - before, "each run's loaders go with it"
+    out = capsys.readouterr().out
+    main(**common, seed=5, out=str(tmp_path / "alone"))
+    assert same_weights(weights(tmp_path / "both/seed-5"), weights(tmp_path / "alone"))
+    results = [json.loads((tmp_path / f"both/seed-{seed}/result.json").read_text()) for seed in (4, 5)]
+    lines = [line.split() for line in out.split("accuracy on the validation set, in %")[1].splitlines() if line]
+    assert lines[0] == ["seed", "last", "epoch", "with", "TTA"]
+    for column, key in ((1, "last_accuracy"), (2, "tta_accuracy")):
+        a, b = (100 * result[key] for result in results)
+        expected = [a, b, (a + b) / 2, abs(a - b) / 2**0.5, min(a, b), max(a, b)]
+        assert [float(line[column]) for line in lines[1:]] == pytest.approx(expected, abs=0.0051)
+    assert [line[0] for line in lines[1:]] == ["4", "5", "mean", "std", "min", "max"]
 
 
 def test_best_weights_are_those_of_the_best_epoch(tmp_path, capsys):
@@ -273,6 +309,8 @@ def line_of(result):
         ("--lr 0", "lr is 0.0: it must be above 0"),
         ("--lr nan", "lr is nan: it must be above 0"),
         ("--lr fast", "--lr is 'fast': it must be a number or auto"),
+        ("--runs 0", "--runs is 0: it must be at least 1"),
+        ("--runs 2 --lr-find-only", "--runs is 2: --lr-find-only does not train"),
         ("--no-lr-find --lr auto", "--no-lr-find contradicts --lr auto"),
         ("--no-lr-find --lr-find-only", "--no-lr-find contradicts --lr-find-only"),
     ],
@@ -339,5 +377,5 @@ def test_help_explains_every_option_at_once(command):
     assert not {"torch", "fastai", "numpy"} & imported, "nothing that takes seconds"
     options = re.findall(r"^  (--[a-z-]+)", result.stdout, re.M)
     assert {"--data", "--recipe", "--epochs", "--lr", "--bs", "--width", "--norm", "--seed", "--workers", "--valid",
-            "--device", "--out", "--compile", "--tta", "--list-recipes", "--lr-find-only",
-            "--no-lr-find"} <= set(options)  # fmt: skip
+            "--device", "--out", "--compile", "--tta", "--list-recipes", "--lr-find-only", "--no-lr-find",
+            "--runs"} <= set(options)  # fmt: skip

@@ -1,0 +1,87 @@
+"""The README and its pictures show the figures in `results/`, and those alone."""
+
+import json
+import sys
+
+import pytest
+from conftest import ROOT
+from PIL import Image
+
+sys.path.insert(0, str(ROOT / "results"))
+import make
+
+from errors import InputError
+
+RUN = {
+    "recipe": "fast", "epochs": 2, "source": "cifar10", "width": 64, "valid": "test", "device_name": "a GPU",
+    "parameters": 6_573_130, "seed": 0, "last_accuracy": 0.9, "tta_accuracy": 0.91,
+    "history": [{"epoch": n, "valid_accuracy": n / 3, "seconds": 4 - n} for n in (1, 2)],
+}  # fmt: skip
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A README and a folder of results that hold nothing yet, and a function that makes a run's folder."""
+    monkeypatch.setattr(make, "ROOT", tmp_path)
+    monkeypatch.setattr(make, "HERE", tmp_path / "results")
+    (tmp_path / "results/runs").mkdir(parents=True)
+    (tmp_path / "results/speed").mkdir()
+    speed = (ROOT / "results/speed/2-cores.json").read_text()
+    (tmp_path / "results/speed/2-cores.json").write_text(speed)
+    marks = "".join(f"<!-- made: {name} -->\nold\n<!-- end -->\nby hand\n" for name in ("accuracy", "loading"))
+    (tmp_path / "README.md").write_text(marks)
+
+    def run(**changes):
+        folder = tmp_path / f"run-{len(list(tmp_path.iterdir()))}"
+        folder.mkdir()
+        (folder / "result.json").write_text(json.dumps(RUN | changes))
+        return str(folder)
+
+    return run
+
+
+def test_the_readme_says_what_the_files_say():
+    for path, text in make.made_texts().items():
+        assert path.read_text() == text, "python results/make.py writes it anew"
+
+
+def test_the_pictures_show_what_the_files_say():
+    for path, (_, drawn) in make.made_pictures().items():
+        assert Image.open(path).text["Comment"] == make.digest(drawn), "python results/make.py draws it anew"
+        assert f"results/{path.name}" in (ROOT / "README.md").read_text()
+
+
+def test_runs_become_lines_and_a_picture(place, tmp_path):
+    seed = place(recipe="seed", last_accuracy=0.8, tta_accuracy=None)
+    make.main([seed, place(), place(seed=1, last_accuracy=0.92), place(width=16, last_accuracy=0.3)])
+    readme = (tmp_path / "README.md").read_text()
+    assert "old" not in readme
+    assert readme.count("by hand") == 2
+    rows = [[cell.strip() for cell in line.split("|")[2:-1]] for line in readme.splitlines() if "epochs |" in line]
+    assert rows == [
+        ["`fast`, 2 epochs", "width 16, 6.57 M", "1", "30.00", "91.00", "30.00, 30.00", "2.5 s, a GPU"],
+        ["`fast`, 2 epochs", "width 64, 6.57 M", "2", "91.00 ± 1.41", "91.00 ± 0.00", "90.00, 92.00", "2.5 s, a GPU"],
+        ["`seed`, 2 epochs", "width 64, 6.57 M", "1", "80.00", "–", "80.00, 80.00", "2.5 s, a GPU"],
+    ]
+    assert len(list((tmp_path / "results/runs").iterdir())) == 4
+    pictures = make.made_pictures()
+    assert [path.name for path in pictures] == ["schedules.png", "cifar10-64-test-a-gpu.png"]
+    assert all(Image.open(path).text["Comment"] == make.digest(drawn) for path, (_, drawn) in pictures.items())
+
+    result = tmp_path / "results/runs/seed-2-cifar10-64-test-a-gpu-seed-0.json"
+    result.write_text(json.dumps({**json.loads(result.read_text()), "last_accuracy": 0.81}))
+    assert make.made_texts()[tmp_path / "README.md"] != readme
+    path, (_, drawn) = list(make.made_pictures().items())[1]
+    assert Image.open(path).text["Comment"] != make.digest(drawn)
+
+
+def test_the_same_run_again_takes_its_place(place, tmp_path):
+    make.main([place(), place(last_accuracy=0.95)])
+    assert "| 1 | 95.00 |" in (tmp_path / "README.md").read_text()
+
+
+def test_a_folder_without_a_result_is_named(place, tmp_path):
+    before = (tmp_path / "README.md").read_text()
+    with pytest.raises(InputError, match="empty: not the folder of a run that has ended"):
+        make.main([str(tmp_path / "empty")])
+    assert (tmp_path / "README.md").read_text() == before
