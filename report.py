@@ -91,23 +91,45 @@ def save_history(history: list[dict], folder: Path, what: str) -> None:
         _save(figure, folder / f"{kind}.png")
 
 
-def save_comparison(results: list[dict], path: Path, comment: str | None = None) -> None:
-    """The validation accuracy of each recipe over the epochs: the mean of its runs, and a band from lowest to highest.
+def save_comparison(groups: dict[str, list[dict]], path: Path, comment: str | None = None) -> None:
+    """The validation accuracy over the epochs: for each group the mean of its runs, and a band from lowest to highest.
 
-    results: what is in the `result.json` of runs on the same data with networks of the same width.
+    groups: what is in the `result.json` of runs on the same data with networks of the same width.
     """
-    first = results[0]
+    first = next(iter(groups.values()))[0]
     figure, axes = _axes(f"{first['source']}, width {first['width']}", "epoch", "validation accuracy in %")
-    recipes = dict.fromkeys((result["recipe"], result["epochs"]) for result in results)
-    for (name, epochs), color in zip(recipes, COLORS, strict=False):
-        runs = [result for result in results if (result["recipe"], result["epochs"]) == (name, epochs)]
-        curves = np.array([[100 * row["valid_accuracy"] for row in result["history"]] for result in runs])
+    for (name, runs), color in zip(groups.items(), COLORS, strict=False):
+        curves = np.array([[100 * row["valid_accuracy"] for row in run["history"]] for run in runs])
         x, last = range(1, curves.shape[1] + 1), curves[:, -1]
         axes.fill_between(x, curves.min(0), curves.max(0), color=color, alpha=0.2, lw=0)
-        label = f"{name}: {last.mean():.2f} % after {epochs} epochs, {len(runs)} seed{'s' * (len(runs) > 1)}"
+        label = f"{name}: {last.mean():.2f} % at the end, {len(runs)} seed{'s' * (len(runs) > 1)}"
         axes.plot(x, curves.mean(0), "o-", ms=3, color=color, label=label)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(frameon=False, loc="lower right")
+    _save(figure, path, comment)
+
+
+def save_peaks(sweep: dict, path: Path, comment: str | None = None) -> None:
+    """The accuracy that each peak learning rate reaches, and where the range test's suggestions lie.
+
+    sweep: what `benchmarks/sweeps.py peaks --save FILE` wrote.
+    """
+    arguments = sweep["arguments"]
+    title = f"{arguments['recipe']}, {arguments['data']}, width {arguments['width']}, {arguments['epochs']} epochs"
+    figure, axes = _axes(title, "peak learning rate", "accuracy on the hold-out in %")
+    axes.set_xscale("log")
+    lrs = sorted({row["lr"] for row in sweep["peaks"]})
+    # A run whose loss was not finite has no accuracy.
+    runs = [[100 * (row["last_accuracy"] or np.nan) for row in sweep["peaks"] if row["lr"] == lr] for lr in lrs]
+    axes.plot(lrs, [np.mean(values) for values in runs], color=BLUE)
+    axes.plot(
+        *zip(*((lr, v) for lr, values in zip(lrs, runs, strict=True) for v in values), strict=True), "o", color=BLUE
+    )
+    for (name, lr), color in zip(sweep["suggestions"].items(), (ORANGE, GREEN, PURPLE, GREY), strict=True):
+        if lr is not None:
+            label = f"{name}: {lr:.2g}" + (" (default suggestion)" if name == DEFAULT else "")
+            axes.axvline(lr, color=color, ls="-" if name == DEFAULT else "--", label=label)
+    axes.legend(frameon=False, loc="lower center")
     _save(figure, path, comment)
 
 

@@ -18,7 +18,7 @@ import shlex
 import sys
 import warnings
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from math import isfinite
 from time import perf_counter
 from typing import TYPE_CHECKING, Annotated
@@ -48,6 +48,7 @@ def get_learner(dls: "DataLoaders", recipe: str | Recipe = "fast", norm: str = "
     import torch
     from fastai.callback.channelslast import ChannelsLast
     from fastai.callback.fp16 import AMPMode, MixedPrecision
+    from fastai.callback.mixup import CutMix
     from fastai.callback.progress import ProgressCallback
     from fastai.learner import Learner, Recorder
     from fastai.losses import CrossEntropyLossFlat
@@ -65,6 +66,8 @@ def get_learner(dls: "DataLoaders", recipe: str | Recipe = "fast", norm: str = "
     model = CustomResNet(len(dls.vocab), recipe.width, norm, recipe.logit_scale).to(dls.device)
     lazy = {Recorder: LazyRecorder, ProgressCallback: LazyProgress}
     cbs = [*(lazy.get(cb, cb) for cb in defaults.callbacks), ChannelsLast()]
+    if recipe.cutmix:
+        cbs.append(CutMix(recipe.cutmix))
     if dls.device.type == "cuda":
         torch.backends.cudnn.benchmark = True  # batches have one shape: cuDNN tries its ways once, keeps the best
         # Volta and Turing only emulate bf16. Compute capability 8.0, Ampere, has it.
@@ -91,6 +94,14 @@ def main(
     lr: str = None,  # Peak learning rate, or auto for the range test's suggestion [the recipe's]
     bs: int = None,  # Images a batch [the recipe's]
     width: int = None,  # Channels of the network's first stage [the recipe's]
+    momentum: float = None,  # Of SGD [the recipe's]
+    wd: float = None,  # Weight decay [the recipe's]
+    label_smoothing: float = None,  # Part of the target that is spread over all classes [the recipe's]
+    logit_scale: float = None,  # What the network's output is multiplied by [the recipe's]
+    flip: float = None,  # Probability of a horizontal flip [the recipe's]
+    pad: int = None,  # Pixels of reflection around an image before the random crop [the recipe's]
+    cutout: int = None,  # Side of the square hole in pixels, 0 for none [the recipe's]
+    cutmix: float = None,  # Alpha of CutMix's Beta distribution, 0 for none [the recipe's]
     norm: Annotated[str, {"choices": ["batch", "layer", "group"]}] = "batch",  # Normalisation layers
     seed: int = 0,  # Of the weights, the order of the images and their augmentation
     runs: int = 1,  # Seeds to train one after the other, from --seed on
@@ -118,11 +129,10 @@ def main(
     if runs < 1 or (runs > 1 and lr_find_only):
         why = "--lr-find-only does not train" if runs > 1 else "it must be at least 1"
         raise InputError(f"--runs is {runs}: {why}")
-    settings = get_recipe(recipe, data=data, epochs=epochs, lr=_learning_rate(lr), bs=bs, width=width)
+    changes = {field.name: given[field.name] for field in fields(Recipe) if field.name in given}
+    settings = get_recipe(recipe, **changes | {"lr": _learning_rate(lr)})
     if tta and settings.flip == 0:
-        raise InputError(
-            f"--tta: recipe {recipe} does not mirror images, so that its network does not know mirror images"
-        )
+        raise InputError("--tta: flip is 0, so that the network never learns from mirror images; leave it out")
 
     warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated")  # fastai's import, nothing to do here
     from fastai.torch_core import set_seed

@@ -10,6 +10,8 @@ import hashlib
 import json
 import re
 import sys
+from dataclasses import fields
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from statistics import mean, median, stdev
@@ -22,7 +24,7 @@ from speed import PARTS, heading, section
 
 from errors import InputError, run_command
 from recipes import RECIPES
-from report import save_comparison, save_schedules
+from report import save_comparison, save_peaks, save_schedules
 from run import write_json
 
 HERE = Path(__file__).parent
@@ -41,15 +43,7 @@ def take_in(folder: Path) -> None:
         result = json.loads((folder / "result.json").read_text())
     except OSError as e:
         raise InputError(f"{folder}: not the folder of a run that has ended, no result.json ({e.strerror})") from e
-    name = file_name(result["recipe"], result["epochs"], *where(result), "seed", result["seed"])
-    write_json(HERE / "runs" / f"{name}.json", result)
-
-
-def results() -> list[dict]:
-    """All results, those that may be compared beside each other."""
-    every = [json.loads(path.read_text()) for path in sorted((HERE / "runs").glob("*.json"))]
-    order = list(RECIPES)
-    return sorted(every, key=lambda r: (where(r), order.index(r["recipe"]), r["epochs"], r["seed"]))
+    write_json(HERE / "runs" / f"{file_name(how(result), *where(result), 'seed', result['seed'])}.json", result)
 
 
 def where(result: dict) -> tuple:
@@ -57,30 +51,76 @@ def where(result: dict) -> tuple:
     return tuple(result[key] for key in ("source", "width", "valid", "device_name"))
 
 
-def accuracy_table() -> str:
-    """A line for each recipe, data, network and machine: the last epoch's accuracy over the seeds."""
+def how(result: dict) -> str:
+    """The recipe, and in what the run was not as the recipe is today."""
+    recipe = RECIPES[result["recipe"]]
+    words = [result["recipe"], f"{result['epochs']} epochs"]
+    for name in (field.name for field in fields(recipe)):
+        value = result.get(name, getattr(recipe, name))  # settings that came later were off
+        if name not in ("data", "epochs", "width") and str(value) != str(getattr(recipe, name)):
+            words.append(f"{name} {value}".replace("_", " "))
+    return ", ".join(
+        words + ["layer norm"] * (result["norm"] == "layer") + ["group norm"] * (result["norm"] == "group")
+    )
 
-    def over_seeds(values: list[float]) -> str:
-        return f"{mean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")
 
-    lines = ["| data | recipe | network | seeds | last epoch, % | with TTA, % | lowest and highest | an epoch |"]
-    lines.append("|---|---|---|---|---|---|---|---|")
-    for _, group in groupby(results(), key=lambda r: (*where(r), r["recipe"], r["epochs"])):
-        group = list(group)
-        first, last = group[0], [100 * r["last_accuracy"] for r in group]
-        tta = [100 * r["tta_accuracy"] for r in group if r["tta_accuracy"] is not None]
-        cells = (
-            DATA.get(first["source"], first["source"]) + (", hold-out" if first["valid"] == "holdout" else ""),
-            f"`{first['recipe']}`, {first['epochs']} epochs",
-            f"width {first['width']}, {first['parameters'] / 1e6:.2f} M",
-            str(len(group)),
-            over_seeds(last),
-            over_seeds(tta) if tta else "–",
-            f"{min(last):.2f}, {max(last):.2f}",
-            f"{median(row['seconds'] for r in group for row in r['history']):.3g} s, {first['device_name']}",
-        )
-        lines.append("| " + " | ".join(cells) + " |")
+def results() -> dict[tuple, dict[str, list[dict]]]:
+    """All results: where, then how, then in the order of their seeds."""
+    every = [json.loads(path.read_text()) for path in (HERE / "runs").glob("*.json")]
+    order = list(RECIPES)
+    every.sort(key=lambda r: (where(r), order.index(r["recipe"]), r["epochs"], how(r), r["seed"]))
+    return {place: {k: list(runs) for k, runs in groupby(group, how)} for place, group in groupby(every, where)}
+
+
+def over_seeds(values: list[float]) -> str:
+    """Mean and standard deviation."""
+    return f"{mean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")
+
+
+def percent(runs: list[dict], key: str = "last_accuracy") -> list[float]:
+    return [100 * r[key] for r in runs if r[key] is not None]
+
+
+def markdown(names: str, rows: list[tuple]) -> str:
+    """A table; the names of the columns stand between bars."""
+    lines = [f"| {names} |", "|---" * (names.count("|") + 1) + "|", *(f"| {' | '.join(row)} |" for row in rows)]
     return "\n".join(lines)
+
+
+def accuracy_table() -> str:
+    """A line for each recipe, data, network and machine: the last epoch's accuracy on the test set over the seeds."""
+    rows = []
+    for (source, width, valid, machine), groups in results().items():
+        for name, runs in groups.items():
+            if valid == "test":
+                last, tta = percent(runs), percent(runs, "tta_accuracy")
+                seconds = median(row["seconds"] for r in runs for row in r["history"])
+                network = f"width {width}, {runs[0]['parameters'] / 1e6:.2f} M"
+                spread = (over_seeds(last), f"{min(last):.2f}, {max(last):.2f}", over_seeds(tta) if tta else "–")
+                time = f"{seconds:.3g} s, {machine}"
+                rows.append((DATA.get(source, source), name, network, str(len(runs)), *spread, time))
+    names = "data | recipe | network | seeds | last epoch, % | lowest, highest | with TTA, % | an epoch"
+    return markdown(names, rows)
+
+
+def ablation_tables() -> str:
+    """What a change of one setting does on a hold-out: the difference is that of runs with the same seed."""
+    tables = []
+    for (source, width, valid, machine), groups in results().items():
+        if valid != "holdout":
+            continue
+        rows = []
+        for name, runs in groups.items():
+            as_it_is = {r["seed"]: r for r in groups.get(", ".join(name.split(", ")[:2]), [])}
+            pairs = [(r, as_it_is[r["seed"]]) for r in runs if r["seed"] in as_it_is and r is not as_it_is[r["seed"]]]
+            more = [100 * (r["last_accuracy"] - other["last_accuracy"]) for r, other in pairs]
+            tta = percent(runs, "tta_accuracy")
+            cells = (over_seeds(percent(runs)), over_seeds(more) if more else "", over_seeds(tta) if tta else "–")
+            rows.append((name, str(len(runs)), *cells))
+        names = "settings | seeds | last epoch, % | more than as it is | with TTA, %"
+        title = f"{DATA.get(source, source)}, a tenth of the training set held out, width {width}, {machine}:"
+        tables.append(f"{title}\n\n{markdown(names, rows)}")
+    return "\n\n".join(tables)
 
 
 def speeds() -> dict[str, dict]:
@@ -101,24 +141,31 @@ def speed_page() -> str:
 
 def made_texts() -> dict[Path, str]:
     """What the files that are made, in whole or in part, should say."""
-    readme = (ROOT / "README.md").read_text()
-    blocks = {"accuracy": accuracy_table(), "loading": section("loaders", speeds()["2-cores"]["loaders"])}
-    blocks["loading"] = f"```text\n{blocks['loading']}\n```"
-    for name, text in blocks.items():
-        pattern = f"(<!-- made: {name} -->\n).*?(<!-- end -->)"
-        readme, found = re.subn(pattern, lambda m, text=text: f"{m[1]}{text}\n{m[2]}", readme, flags=re.S)
-        assert found == 1, f"the README has no place for {name}"
-    return {ROOT / "README.md": readme, HERE / "speed" / "README.md": speed_page()}
+    loading = f"```text\n{section('loaders', speeds()['2-cores']['loaders'])}\n```"
+    parts = {
+        ROOT / "README.md": {"accuracy": accuracy_table(), "loading": loading},
+        HERE / "README.md": {"ablation": ablation_tables()},
+    }
+    texts = {HERE / "speed" / "README.md": speed_page()}
+    for path, blocks in parts.items():
+        texts[path] = path.read_text()
+        for name, block in blocks.items():
+            pattern = f"(<!-- made: {name} -->\n).*?(<!-- end -->)"
+            replaced = partial(lambda block, m: f"{m[1]}{block}\n{m[2]}", block)
+            texts[path], found = re.subn(pattern, replaced, texts[path], flags=re.S)
+            assert found == 1, f"{path} has no place for {name}"
+    return texts
 
 
 def made_pictures() -> dict[Path, tuple]:
     """The function that draws each picture, and what it draws."""
     cifar10 = {name: recipe for name, recipe in RECIPES.items() if recipe.data == "cifar10"}
     pictures = {HERE / "schedules.png": (save_schedules, cifar10)}
-    for place, group in groupby(results(), key=where):
-        group = list(group)
-        if len({r["recipe"] for r in group}) > 1:
-            pictures[HERE / f"{file_name(*place)}.png"] = (save_comparison, group)
+    for path in (HERE / "peaks").glob("*.json"):
+        pictures[path.with_suffix(".png")] = (save_peaks, json.loads(path.read_text()))
+    for place, groups in results().items():
+        if place[2] == "test" and len(groups) > 1:
+            pictures[HERE / f"{file_name(*place)}.png"] = (save_comparison, groups)
     return pictures
 
 

@@ -1,7 +1,7 @@
 """The recipes and their schedules, as fastai trains with them."""
 
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -10,7 +10,8 @@ from fastai.callback.core import Callback
 from fastai.torch_core import set_seed
 
 from data import get_dls
-from recipes import ANCESTOR, FAST, RECIPES, SEED, Cyclic, OneCycle, Plateau, get_recipe
+from images import ImageTable
+from recipes import ANCESTOR, FAST, RECIPES, SEED, Cyclic, OneCycle, Plateau, Recipe, get_recipe
 from train_fastai import get_learner, main
 
 EPOCHS = 3
@@ -97,6 +98,44 @@ def test_every_recipe_trains_by_name(tmp_path, capsys, name):
     assert config["schedule"] == str(RECIPES[name].schedule)
     assert (config["nesterov"], config["wd"]) == (RECIPES[name].nesterov, RECIPES[name].wd)
     assert (out / "export.pkl").exists()
+
+
+def test_any_option_goes_over_the_recipe(tmp_path, capsys):
+    changes = {"momentum": 0.8, "wd": 0.001, "label_smoothing": 0.2, "logit_scale": 0.5}
+    changes |= {"flip": 0.0, "pad": 2, "cutout": 0, "cutmix": 1.0}
+    main(recipe="fast", data="digits", width=2, epochs=1, bs=256, device="cpu", out=str(tmp_path / "run"), **changes)
+    assert changes.items() <= json.loads((tmp_path / "run/config.json").read_text()).items()
+    without_option = {"schedule", "nesterov"}
+    assert changes.keys() | {"data", "epochs", "bs", "lr", "width"} == {f.name for f in fields(Recipe)} - without_option
+
+
+def test_settings_reach_the_learner():
+    changes = {"momentum": 0.8, "wd": 0.001, "label_smoothing": 0.2, "logit_scale": 0.5, "width": 2, "cutmix": 0.7}
+    learn = get_learner(get_dls("digits", bs=64, device="cpu"), get_recipe("fast", **changes))
+    learn.fit(0, 0.1)
+    hypers = learn.opt.hypers[0]
+    assert (hypers["wd"], hypers["mom"], learn.loss_func.func.label_smoothing) == (0.001, 0.8, 0.2)
+    assert (learn.model.logit_scale, learn.cut_mix.distrib.concentration1.item()) == (0.5, pytest.approx(0.7))
+    assert not hasattr(get_learner(learn.dls, "fast"), "cut_mix")
+
+
+def test_cutmix_mixes_training_images_and_no_others(tmp_path):
+    class Seen(Callback):
+        def __init__(self):
+            self.colours = {True: set(), False: set()}
+
+        def after_loss(self):
+            for image in self.x.as_subclass(torch.Tensor):
+                self.colours[self.training].add(len(image[0].unique()))
+
+    images = np.zeros((64, 32, 32, 3), np.uint8)
+    images[::2] = 255
+    table = ImageTable("two", ("dark", "light"), images, np.arange(64) % 2, np.arange(64) < 48, np.arange(64))
+    dls = get_dls(table, bs=16, device="cpu", cutout=0)
+    learn, seen = get_learner(dls, get_recipe("fast", width=2, cutmix=1.0), path=tmp_path), Seen()
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(2, 0.01, cbs=seen)
+    assert seen.colours == {True: {1, 2}, False: {1}}
 
 
 def test_list_recipes_prints_every_setting_of_each(command):

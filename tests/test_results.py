@@ -14,7 +14,7 @@ from errors import InputError
 
 RUN = {
     "recipe": "fast", "epochs": 2, "source": "cifar10", "width": 64, "valid": "test", "device_name": "a GPU",
-    "parameters": 6_573_130, "seed": 0, "last_accuracy": 0.9, "tta_accuracy": 0.91,
+    "parameters": 6_573_130, "norm": "batch", "seed": 0, "last_accuracy": 0.9, "tta_accuracy": 0.91,
     "history": [{"epoch": n, "valid_accuracy": n / 3, "seconds": 4 - n} for n in (1, 2)],
 }  # fmt: skip
 
@@ -28,8 +28,9 @@ def place(tmp_path, monkeypatch):
     (tmp_path / "results/speed").mkdir()
     speed = (ROOT / "results/speed/2-cores.json").read_text()
     (tmp_path / "results/speed/2-cores.json").write_text(speed)
-    marks = "".join(f"<!-- made: {name} -->\nold\n<!-- end -->\nby hand\n" for name in ("accuracy", "loading"))
-    (tmp_path / "README.md").write_text(marks)
+    for path, names in (("README.md", ("accuracy", "loading")), ("results/README.md", ("ablation",))):
+        marks = (f"<!-- made: {name} -->\nold\n<!-- end -->\nby hand\n" for name in names)
+        (tmp_path / path).write_text("".join(marks))
 
     def run(**changes):
         folder = tmp_path / f"run-{len(list(tmp_path.iterdir()))}"
@@ -57,22 +58,37 @@ def test_runs_become_lines_and_a_picture(place, tmp_path):
     readme = (tmp_path / "README.md").read_text()
     assert "old" not in readme
     assert readme.count("by hand") == 2
-    rows = [[cell.strip() for cell in line.split("|")[2:-1]] for line in readme.splitlines() if "epochs |" in line]
+    rows = [
+        [cell.strip() for cell in line.split("|")[2:-1]] for line in readme.splitlines() if " epochs | width" in line
+    ]
     assert rows == [
-        ["`fast`, 2 epochs", "width 16, 6.57 M", "1", "30.00", "91.00", "30.00, 30.00", "2.5 s, a GPU"],
-        ["`fast`, 2 epochs", "width 64, 6.57 M", "2", "91.00 ± 1.41", "91.00 ± 0.00", "90.00, 92.00", "2.5 s, a GPU"],
-        ["`seed`, 2 epochs", "width 64, 6.57 M", "1", "80.00", "–", "80.00, 80.00", "2.5 s, a GPU"],
+        ["fast, 2 epochs", "width 16, 6.57 M", "1", "30.00", "30.00, 30.00", "91.00", "2.5 s, a GPU"],
+        ["fast, 2 epochs", "width 64, 6.57 M", "2", "91.00 ± 1.41", "90.00, 92.00", "91.00 ± 0.00", "2.5 s, a GPU"],
+        ["seed, 2 epochs", "width 64, 6.57 M", "1", "80.00", "80.00, 80.00", "–", "2.5 s, a GPU"],
     ]
     assert len(list((tmp_path / "results/runs").iterdir())) == 4
     pictures = make.made_pictures()
     assert [path.name for path in pictures] == ["schedules.png", "cifar10-64-test-a-gpu.png"]
     assert all(Image.open(path).text["Comment"] == make.digest(drawn) for path, (_, drawn) in pictures.items())
 
-    result = tmp_path / "results/runs/seed-2-cifar10-64-test-a-gpu-seed-0.json"
+    result = tmp_path / "results/runs/seed-2-epochs-cifar10-64-test-a-gpu-seed-0.json"
     result.write_text(json.dumps({**json.loads(result.read_text()), "last_accuracy": 0.81}))
     assert make.made_texts()[tmp_path / "README.md"] != readme
     path, (_, drawn) = list(make.made_pictures().items())[1]
     assert Image.open(path).text["Comment"] != make.digest(drawn)
+
+
+def test_a_changed_setting_is_named_and_compared_on_the_hold_out(place, tmp_path):
+    changed, hold_out = {"wd": 0.0, "last_accuracy": 0.88}, {"valid": "holdout"}
+    make.main([place(**hold_out), place(**hold_out, **changed), place(**hold_out, seed=1)])
+    make.main([place(**hold_out, seed=1, **{**changed, "last_accuracy": 0.91}), place(**changed)])
+    table = (tmp_path / "results/README.md").read_text()
+    assert "| fast, 2 epochs | 2 | 90.00 ± 0.00 |  | 91.00 ± 0.00 |" in table
+    assert "| fast, 2 epochs, wd 0.0 | 2 | 89.50 ± 2.12 | -0.50 ± 2.12 | 91.00 ± 0.00 |" in table
+    readme = (tmp_path / "README.md").read_text()
+    assert "| fast, 2 epochs, wd 0.0 | width 64, 6.57 M | 1 | 88.00 |" in readme
+    assert "holdout" not in readme
+    assert "90.00" not in readme, "the hold-out's figures are not the test set's"
 
 
 def test_the_same_run_again_takes_its_place(place, tmp_path):

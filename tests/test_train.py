@@ -208,7 +208,7 @@ def test_compile_changes_nothing_but_the_speed(tmp_path, capsys, monkeypatch):
 
 def test_tta_averages_over_mirror_images_and_stands_beside_the_plain_figure(tmp_path, capsys):
     common = {"recipe": "demo", "width": 4, "epochs": 2, "device": "cpu", "no_lr_find": True}
-    with pytest.raises(InputError, match="--tta: recipe demo does not mirror images"):
+    with pytest.raises(InputError, match="--tta: flip is 0"):
         main(**common, tta=True, out=str(tmp_path / "demo"))
     assert not (tmp_path / "demo").exists()
 
