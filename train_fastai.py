@@ -115,10 +115,7 @@ def main(
     no_lr_find: bool = False,  # Train without a range test
     list_recipes: bool = False,  # Print all recipes and stop
 ) -> dict | None:  # fmt: skip
-    """Train a custom ResNet with fastai and albumentations: CIFAR-10 by default, or images of your own.
-
-    Returns what is in the run folder's `result.json`, if it trained one network.
-    """
+    """Train a custom ResNet with fastai and albumentations: CIFAR-10 by default, or images of your own."""
     given = dict(locals())
     if list_recipes:
         print(recipe_table())
@@ -237,7 +234,7 @@ run folder   {run}: the pictures, history.csv, result.json, models/last.pth, mod
 
 use it       python -c "from fastai.learner import load_learner; print(load_learner('{run}/export.pkl').predict('IMAGE.png'))"
 again        {_command(given, seed=seed + 1, out=None)}""")
-    return result
+    return result  # for a caller in Python
 
 
 def _command(given: dict, **changes) -> str:
