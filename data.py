@@ -3,7 +3,7 @@
 import os
 import weakref
 from collections.abc import Iterator
-from itertools import count, cycle
+from itertools import cycle
 from pathlib import Path
 
 import fastai.vision.data  # noqa: F401  tells show_batch how to draw images
@@ -68,16 +68,27 @@ class KeyedDL(TfmdDL):
     ):
         self.seed, self.augment, self.keep_workers, self._workers = seed, augment, keep_workers, None
         self._rooms = None
-        self._epoch = torch.tensor(-1).share_memory_()  # workers that are kept read it here
+        # The epoch, and the epoch and batch to begin at; workers that are kept read them here.
+        self._clock = torch.tensor([-1, -1, 0]).share_memory_()
         super().__init__(dataset, *args, persistent_workers=keep_workers, **kwargs)
 
     @property
     def epoch(self) -> int:
-        return int(self._epoch)
+        return int(self._clock[0])
 
     @epoch.setter
     def epoch(self, epoch: int):
-        self._epoch.fill_(epoch)
+        self._clock[0] = epoch
+
+    def begin_at(self, epoch: int, batch: int):
+        """Iterate over `epoch` next, and leave out what comes before `batch`."""
+        self._clock[:] = torch.tensor([epoch - 1, epoch, batch])
+
+    @property
+    def _first(self) -> int:
+        """The first batch of this epoch."""
+        epoch, begun, batch = self._clock.tolist()
+        return batch if epoch == begun else 0
 
     def __getstate__(self):
         return {**self.__dict__, "_workers": None}
@@ -117,14 +128,16 @@ class KeyedDL(TfmdDL):
         self.after_iter()
 
     def sample(self):
-        if not self.keep_workers:
+        if self.seed is None:
             return super().sample()
         # A kept worker finds the order of the epoch for itself, as it is keyed.
-        return (b for i, b in enumerate(self.get_idxs()) if self._is_mine(i))
+        indices = self.get_idxs()
+        return (indices[position] for position in self._positions())
 
-    def _is_mine(self, position: int) -> bool:
-        """fastai deals the batches of an epoch to the workers in turn."""
-        return position // self.bs % self.num_workers == self.offs
+    def _positions(self) -> Iterator[int]:
+        """Where this worker's images stand in the epoch: fastai deals the batches to the workers in turn."""
+        for start in range((self._first + self.offs) * self.bs, self.n, self.num_workers * self.bs):
+            yield from range(start, min(start + self.bs, self.n))
 
     def get_idxs(self):
         if self.seed is None:
@@ -147,8 +160,7 @@ class KeyedDL(TfmdDL):
             yield from super().create_batches(samps)
             return
         rooms = cycle(range(self._rooms.shape[1])) if self.keep_workers and get_worker_info() else None
-        positions = filter(self._is_mine, count())
-        for chunk in chunked(zip(positions, samps, strict=False), self.bs, self.drop_last):
+        for chunk in chunked(zip(self._positions(), samps, strict=False), self.bs, self.drop_last):
             positions_, indices = zip(*chunk, strict=True)
             images, *labels = table.batch(list(indices))[: len(self.dataset.tls)]  # a test set has no labels
             if self.augment is not None:
