@@ -67,7 +67,15 @@ class LazyProgress(ProgressCallback):
 class ReduceLR(ReduceLROnPlateau):
     """fastai's `ReduceLROnPlateau`; with one of torch's optimisers fastai lowers a copy of the learning rate."""
 
+    def state_dict(self) -> dict:
+        return {"best": self.best, "wait": self.wait}
+
+    def load_state_dict(self, state: dict):
+        self.best, self.wait = state["best"], state["wait"]
+
     def after_epoch(self):
+        if not self.recorder.values[-1]:
+            return  # an epoch that fastai skips, as it was done before a stop
         lr = self.opt.hypers[-1]["lr"]
         super().after_epoch()
         if self.wait == 0 and not self.new_best:

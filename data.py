@@ -1,6 +1,7 @@
 """How images become fastai `DataLoaders`: a `DataBlock` over an `ImageTable`, and a loader of whole batches."""
 
 import os
+import signal
 import weakref
 from collections.abc import Iterator
 from itertools import cycle
@@ -71,6 +72,8 @@ class KeyedDL(TfmdDL):
         # The epoch, and the epoch and batch to begin at; workers that are kept read them here.
         self._clock = torch.tensor([-1, -1, 0]).share_memory_()
         super().__init__(dataset, *args, persistent_workers=keep_workers, **kwargs)
+        # torch draws a seed for its workers whenever it starts some: not from the generator that training draws from.
+        self.fake_l.generator = torch.Generator()
 
     @property
     def epoch(self) -> int:
@@ -97,6 +100,11 @@ class KeyedDL(TfmdDL):
         if dataset is None:  # the same images with other settings; another data set is not augmented
             kwargs = {"seed": self.seed, "augment": self.augment, **kwargs}
         return super().new(dataset, cls, **kwargs)
+
+    def wif(self):
+        """fastai's hook, called in every worker as it starts: a stop is for the process that trains to hear."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
 
     def before_iter(self):
         super().before_iter()

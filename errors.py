@@ -14,6 +14,14 @@ class InputError(ValueError):
         super().__init__(" ".join(message.split()))  # a library's words in it can have several lines
 
 
+class Stopped(Exception):
+    """Training ended early because it was asked to. The message is one line: where, and how to go on."""
+
+    def __init__(self, message: str, code: int):
+        super().__init__(message)
+        self.code = code
+
+
 def run_command(func: Callable) -> None:
     """Call `func` with the command line that its signature describes, as fastcore's `call_parse` does, but strictly.
 
@@ -44,6 +52,9 @@ def run_command(func: Callable) -> None:
         func(**args)
     except InputError as e:
         fail(e)
+    except Stopped as e:
+        print(f"{parser.prog}: {e}", file=sys.stderr)
+        sys.exit(e.code)
     except KeyboardInterrupt:
         if sys.stdout.isatty():
             print()  # the bar's line ends here

@@ -3,6 +3,8 @@
 Source: Smith, "Cyclical Learning Rates for Training Neural Networks" (2017), section 3.3.
 """
 
+import csv
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -41,6 +43,17 @@ class RangeTest:
 
     def __str__(self) -> str:
         return ", ".join(f"{name} {lr:.2g}" if lr else f"{name} none" for name, lr in self.suggestions.items())
+
+    @classmethod
+    def load(cls, folder: Path) -> "RangeTest | None":
+        """What `save` wrote there, if it did."""
+        try:
+            suggestions = json.loads((folder / "lr_find.json").read_text())["suggestions"]
+            rows = csv.DictReader((folder / "lr_find.csv").read_text().splitlines())
+        except FileNotFoundError:
+            return None
+        points = [(float(row["lr"]), float(row["loss"])) for row in rows]
+        return cls([lr for lr, _ in points], [loss for _, loss in points], suggestions)
 
     def save(self, folder: Path, chosen: float | None) -> None:
         """Write the curve to `lr_find.csv`; the suggestions, and the peak that training uses, to `lr_find.json`."""

@@ -1,6 +1,7 @@
 """The run folder: its number, its files, and the callback that writes down what happened in every epoch."""
 
 import csv
+import fcntl
 import json
 import os
 import platform
@@ -78,12 +79,29 @@ def new_run_folder(recipe: str, out: str | None = None, parent: str = "runs") ->
         raise InputError(f"{e.filename}: the run folder cannot be made here ({e.strerror}); pass --out PATH") from e
 
 
-def write_config(run: Path, learn: Learner, arguments: dict) -> dict:
-    """Write `config.json`: what was asked for, on what data, device and versions. Returns its content."""
+@contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """Hold `run` for this process, however it ends. Raises InputError where another one does."""
+    path = run / ".lock"
+    with path.open("w") as file:
+        try:
+            fcntl.lockf(
+                file, fcntl.LOCK_EX | fcntl.LOCK_NB
+            )  # unlike flock, not held by forked workers that live longer
+        except OSError:
+            raise InputError(f"{run}: another process trains in this folder; wait for it, or pass --out PATH") from None
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def describe(learn: Learner, asked: dict) -> dict:
+    """What goes into `config.json`: what was asked for, on what data, device and versions."""
     device, table = learn.dls.device, learn.dls.train_ds.items
     cpu = f"{os.cpu_count()} cores, {platform.machine()}"
-    config = {
-        **arguments,
+    return {
+        **asked,
         "source": table.name,
         "fingerprint": table.fingerprint(),
         "classes": list(table.classes),
@@ -95,13 +113,22 @@ def write_config(run: Path, learn: Learner, arguments: dict) -> dict:
         "workers": learn.dls.train.fake_l.num_workers,
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
     }
-    write_json(run / "config.json", config)
-    return config
+
+
+def check_same(run: Path, config: dict, names: Iterable[str]) -> None:
+    """Raise InputError where `run` was started with another value for one of `names`: it cannot be gone on with."""
+    before = json.loads((run / "config.json").read_text())
+    for name in names:
+        if before.get(name) != config[name]:
+            what = "the images are others" if name == "fingerprint" else f"{name} is {config[name]}"
+            raise InputError(f"--resume {run}: {what}, but it was started with {before.get(name)}; start anew")
 
 
 def print_config(config: dict) -> None:
     """One line a setting."""
     for name, value in config.items():
+        if name == "arguments":  # the same again
+            continue
         if isinstance(value, dict):
             value = ", ".join(f"{k} {v}" for k, v in value.items())
         elif isinstance(value, list):
@@ -128,9 +155,25 @@ class RunLog(TrackerCallback):
     def __init__(self):
         super().__init__(monitor="accuracy", comp=np.greater)
         self.history, self.best_epoch = [], None
+        self.images, self.begun = 0, (0.0, [], 0)
 
-    def before_epoch(self):
-        self.started, self.sums, self.images = perf_counter(), [], 0
+    def state_dict(self) -> dict:
+        """Epochs that are done, and the sums of the one that has been begun."""
+        done = {"history": self.history, "best": self.best, "best_epoch": self.best_epoch}
+        if not self.images:
+            return done
+        seconds = perf_counter() - self.started
+        return done | {"begun": (seconds, torch.stack(self.sums).cpu().as_subclass(torch.Tensor), self.images)}
+
+    def load_state_dict(self, state: dict):
+        self.history, self.best, self.best_epoch = state["history"], state["best"], state["best_epoch"]
+        if "begun" in state:
+            seconds, sums, images = state["begun"]
+            self.begun = seconds, list(sums.to(self.dls.device)), images
+
+    def before_train(self):
+        seconds, self.sums, self.images = self.begun
+        self.started, self.begun = perf_counter() - seconds, (0.0, [], 0)
 
     def after_batch(self):
         if self.training:
@@ -140,6 +183,8 @@ class RunLog(TrackerCallback):
                 self.images += len(self.y)
 
     def after_epoch(self):
+        if not self.recorder.values[-1]:
+            return  # an epoch that fastai skips, as it was done before a stop
         super().after_epoch()
         loss, accuracy = (torch.stack(self.sums).cpu().double().sum(0) / self.images).tolist()
         valid = dict(zip(self.recorder.metric_names[1:], self.recorder.values[-1], strict=False))
@@ -152,6 +197,7 @@ class RunLog(TrackerCallback):
             "lr": float(f"{self.opt.hypers[-1]['lr']:.6g}"),
             "seconds": round(perf_counter() - self.started, 2),
         }
+        self.images = 0
         self.history.append(row)
         write_csv(self.path / "history.csv", row, (past.values() for past in self.history))
         if self.new_best:

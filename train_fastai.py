@@ -14,16 +14,19 @@ In a notebook:
 
 import gc
 import inspect
+import json
 import shlex
 import sys
 import warnings
 from contextlib import nullcontext
 from dataclasses import asdict, fields
 from math import isfinite
+from pathlib import Path
 from time import perf_counter
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated
 
-from errors import InputError, run_command
+from errors import InputError, Stopped, run_command
 from recipes import RECIPES, Recipe, get_recipe, recipe_table
 
 if TYPE_CHECKING:
@@ -109,6 +112,8 @@ def main(
     valid: Annotated[str, {"choices": ["test", "holdout"]}] = "test",  # Validate on the test set, or on a tenth of the training set
     device: str = "auto",  # auto, cpu, cuda, cuda:1 or mps
     out: str = None,  # Run folder, new or empty [runs/NNN-recipe]
+    resume: str = None,  # Go on with the run in this folder; auto: with the one in --out, if it has been started
+    max_minutes: float = None,  # Stop after so many minutes of training, with a checkpoint to go on from
     tta: bool = False,  # At the end test on each image together with its mirror image, too
     compile: bool = False,  # Compile the network with torch.compile: about a minute more before the first step
     lr_find_only: bool = False,  # Stop after the range test
@@ -120,121 +125,198 @@ def main(
     if list_recipes:
         print(recipe_table())
         return None
-    if no_lr_find and (lr_find_only or lr == "auto"):
-        other = "--lr-find-only" if lr_find_only else "--lr auto"
-        raise InputError(f"--no-lr-find contradicts {other}; drop one of them")
-    if runs < 1 or (runs > 1 and lr_find_only):
-        why = "--lr-find-only does not train" if runs > 1 else "it must be at least 1"
-        raise InputError(f"--runs is {runs}: {why}")
-    changes = {field.name: given[field.name] for field in fields(Recipe) if field.name in given}
-    settings = get_recipe(recipe, **changes | {"lr": _learning_rate(lr)})
-    if tta and settings.flip == 0:
-        raise InputError("--tta: flip is 0, so that the network never learns from mirror images; leave it out")
+    run = None
+    if resume:
+        run, given = _resumed(given)
+    options = SimpleNamespace(**given)
+    settings = _settings(given)
+    if options.runs == 1:
+        return _train(options, settings, run)
+    results = []
+    for number in range(options.seed, options.seed + options.runs):
+        print(f"{number - options.seed + 1} of {options.runs} runs\n")
+        folder = options.out and f"{options.out}/seed-{number}"
+        results.append(main(**{**given, "runs": 1, "seed": number, "out": folder}))
+        gc.collect()  # a Learner is full of cycles; with it go its memory on the device and its loaders' processes
+        print()
+    from report import runs_table
 
+    print(f"accuracy on the validation set, in %\n\n{runs_table(results)}")
+    return None
+
+
+def _settings(given: dict) -> Recipe:
+    """The recipe with the options that go over it. Raises InputError for one out of range, or two that contradict."""
+    options = SimpleNamespace(**given)
+    if options.no_lr_find and (options.lr_find_only or options.lr == "auto"):
+        other = "--lr-find-only" if options.lr_find_only else "--lr auto"
+        raise InputError(f"--no-lr-find contradicts {other}; drop one of them")
+    if options.runs < 1 or (options.runs > 1 and options.lr_find_only):
+        why = "--lr-find-only does not train" if options.runs > 1 else "it must be at least 1"
+        raise InputError(f"--runs is {options.runs}: {why}")
+    if options.max_minutes is not None and not options.max_minutes > 0:
+        raise InputError(f"--max-minutes is {options.max_minutes}: it must be above 0")
+    changes = {field.name: given[field.name] for field in fields(Recipe) if field.name in given}
+    settings = get_recipe(options.recipe, **changes | {"lr": _learning_rate(options.lr)})
+    if options.tta and settings.flip == 0:
+        raise InputError("--tta: flip is 0, so that the network never learns from mirror images; leave it out")
+    return settings
+
+
+def _resumed(given: dict) -> tuple[Path | None, dict]:
+    """The run to go on with and the arguments it was started with; None and `given` where there is none yet.
+
+    Raises InputError where an option says something else than the run was started with.
+    """
+    run = Path(given["resume"])
+    if given["resume"] == "auto":
+        if not given["out"]:
+            raise InputError("--resume auto: pass --out RUN too, the folder to start in or to go on in")
+        run = Path(given["out"])
+        if given["runs"] > 1 or not (run / "config.json").exists():
+            return None, given
+    elif given["out"]:
+        raise InputError(f"--out {given['out']}: a resumed run goes on in its own folder; leave it out")
+    try:
+        config = json.loads((run / "config.json").read_text())
+        started = config["arguments"]
+    except OSError as e:
+        raise InputError(f"--resume {run}: there is no run to go on with, no config.json ({e.strerror})") from None
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"{run}/config.json: not that of a run of this version of the project") from None
+    free = ("resume", "out", "runs", "device", "workers", "max_minutes")  # change nothing in what is learned
+    now = {name: given[name] for name, p in inspect.signature(main).parameters.items() if given[name] != p.default}
+    for name, value in now.items():
+        if name not in free and str(value) not in (str(started.get(name)), str(config.get(name))):
+            was = started.get(name) if started.get(name) is not None else config.get(name)
+            why = "; the learning rates of all epochs depend on it" if name == "epochs" else ""
+            raise InputError(f"--{name.replace('_', '-')} {value}: {run} was started with {was}{why}; leave it out")
+    return run, {**started, **{name: value for name, value in now.items() if name in free}}
+
+
+def _train(options: SimpleNamespace, settings: Recipe, run: Path | None) -> dict | None:
+    """Train in a new folder, or go on in that of `run`; returns what is in its `result.json`."""
     warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated")  # fastai's import, nothing to do here
     from fastai.torch_core import set_seed
 
     from callbacks import tta_accuracy
+    from checkpoint import Checkpoint, load_checkpoint, remove_checkpoints, signals
     from data import get_dls
     from export import export
-    from lr_finder import range_test, undisturbed
-    from report import runs_table, save_augmentations, save_history, save_lr_find
-    from run import RunLog, check_out, new_run_folder, print_config, save_weights, write_config, write_json
+    from lr_finder import RangeTest, range_test, undisturbed
+    from report import save_augmentations, save_history, save_lr_find
+    from run import (
+        RunLog,
+        check_out,
+        check_same,
+        describe,
+        locked,
+        new_run_folder,
+        print_config,
+        save_weights,
+        write_json,
+    )
 
-    check_out(out)
-    if runs > 1:
-        results = []
-        for number in range(seed, seed + runs):
-            print(f"{number - seed + 1} of {runs} runs\n")
-            folder = out and f"{out}/seed-{number}"
-            results.append(main(**{**given, "runs": 1, "seed": number, "out": folder}))
-            gc.collect()  # a Learner is full of cycles; with it go its memory on the device and its loaders' processes
-            print()
-        print(f"accuracy on the validation set, in %\n\n{runs_table(results)}")
-        return None
     started = perf_counter()
-    device = get_device(device)
-    if compile:
+    if run is None:
+        check_out(options.out)
+    elif (run / "result.json").exists():
+        result = json.loads((run / "result.json").read_text())
+        print(f"finished     {run}: {result['last_accuracy']:.2%} accuracy after {result['epochs']} epochs")
+        return result
+    device = get_device(options.device)
+    if options.compile:
         _check_compiler(device)
     dls = get_dls(
-        settings.data, settings.bs, seed, workers, valid, device,
+        settings.data, settings.bs, options.seed, options.workers, options.valid, device,
         pad=settings.pad, flip=settings.flip, cutout=settings.cutout,
     )  # fmt: skip
-    set_seed(seed)
-    learn = get_learner(dls, settings, norm)
-    run = learn.path = new_run_folder(recipe, out)
+    set_seed(options.seed)
+    learn = get_learner(dls, settings, options.norm)
     asked = {
-        "recipe": recipe,
+        "recipe": options.recipe,
         **asdict(settings),
+        "lr": options.lr if options.lr == "auto" else settings.lr,
         "schedule": str(settings.schedule),
-        "norm": norm,
-        "seed": seed,
-        "valid": valid,
-        "compile": compile,
+        **{name: getattr(options, name) for name in ("norm", "seed", "valid", "compile")},
     }
-    config = write_config(run, learn, asked | {"lr": lr if lr == "auto" else settings.lr})
-    print_config(config)
+    config = describe(learn, asked) | {"arguments": vars(options)}
+    if run is None:
+        run = new_run_folder(options.recipe, options.out)
+    else:
+        check_same(run, config, [*asked, "fingerprint"])
+    learn.path = run
 
     # In a file or a pipe a progress bar is a heap of carriage returns. RunLog writes what fastai's own log leaves out.
-    with nullcontext() if sys.stdout.isatty() else learn.no_bar(), learn.no_logging():
+    quiet = nullcontext() if sys.stdout.isatty() else learn.no_bar()
+    with locked(run), quiet, learn.no_logging():
+        write_json(run / "config.json", config)
+        print_config(config)
         with undisturbed(learn):
             print(f"\n{learn.summary()}\n")
         save_augmentations(dls, run / "augmentations.png")
-        if compile:
+        if options.compile:
             learn.model.compile()
 
         peak, test = settings.lr, None
-        if not no_lr_find:
-            test = range_test(learn)
-            peak = test.suggestion if lr == "auto" else peak
-            chosen = None if lr_find_only else peak
+        if not options.no_lr_find:
+            test = RangeTest.load(run) or range_test(learn)
+            peak = test.suggestion if options.lr == "auto" else peak
+            chosen = None if options.lr_find_only else peak
             test.save(run, chosen)
             save_lr_find(test, run / "lr_find.png", chosen)
             print(f"range test   {test}")
-            if lr_find_only:
-                again = _command(given, lr="LR", lr_find_only=False, out=None)
+            if options.lr_find_only:
+                again = _command(vars(options), lr="LR", lr_find_only=False, out=None)
                 print(f"see          {run / 'lr_find.png'}\ntrain        {again}")
                 return None
             if peak is None:
                 raise InputError("--lr auto: the range test's curve is too short for a suggestion; pass --lr NUMBER")
 
-        log = RunLog()
-        print(f"training     {settings.epochs} epochs, peak learning rate {peak:.3g}")
-        learn.fit(settings.epochs, peak, cbs=[*settings.schedule.callbacks(peak), log])
+        log, checkpoint = RunLog(), Checkpoint(load_checkpoint(run), options.max_minutes)
+        print(f"training     {settings.epochs} epochs, peak learning rate {peak:.3g}{checkpoint}")
+        cbs = [*settings.schedule.callbacks(peak), log, checkpoint]
+        with signals(checkpoint.ask_to_stop):
+            learn.fit(settings.epochs, peak, cbs=cbs, start_epoch=checkpoint.first_epoch)
+        if checkpoint.stopped:
+            again = shlex.join(["python", "train_fastai.py", "--resume", str(run)])
+            raise Stopped(f"stopped {checkpoint.stopped}; go on with: {again}", checkpoint.code)
 
-    last, best = log.history[-1], log.history[(log.best_epoch or 1) - 1]
-    if not isfinite(last["train_loss"]):
-        why = f"the training loss became {last['train_loss']} in epoch {last['epoch']}"
-        raise InputError(
-            f"{why}: a peak learning rate of {peak:.3g} is too high here, lower --lr; {run} keeps the history"
-        )
-    save_weights(learn, "last")
-    save_history(log.history, run, f"{dls.train_ds.items.name}, recipe {recipe}, width {settings.width}, seed {seed}")
-    export(learn, run / "export.pkl")
-    with learn.no_bar():
-        averaged = tta_accuracy(learn) if tta else None
-    result = {
-        **config,
-        "peak_lr": peak,
-        "suggestions": test and test.suggestions,
-        "last_accuracy": last["valid_accuracy"],
-        "tta_accuracy": averaged and round(averaged, 6),
-        "best_accuracy": best["valid_accuracy"],
-        "best_epoch": best["epoch"],
-        "seconds": round(perf_counter() - started, 2),
-        "history": log.history,
-    }
-    write_json(run / "result.json", result)
-    mirrored = f"with TTA     {averaged:.2%}, averaged over each image and its mirror image\n" if tta else ""
-    held_out = "a tenth of the training set" if valid == "holdout" else "here the test set"
+        last, best = log.history[-1], log.history[(log.best_epoch or 1) - 1]
+        if not isfinite(last["train_loss"]):
+            raise InputError(
+                f"the training loss became {last['train_loss']} in epoch {last['epoch']}: a peak learning rate of "
+                f"{peak:.3g} is too high here, lower --lr; {run} keeps the history"
+            )
+        save_weights(learn, "last")
+        name = dls.train_ds.items.name
+        save_history(log.history, run, f"{name}, recipe {options.recipe}, width {settings.width}, seed {options.seed}")
+        export(learn, run / "export.pkl")
+        with learn.no_bar():
+            averaged = tta_accuracy(learn) if options.tta else None
+        result = {
+            **config,
+            "peak_lr": peak,
+            "suggestions": test and test.suggestions,
+            "last_accuracy": last["valid_accuracy"],
+            "tta_accuracy": averaged and round(averaged, 6),
+            "best_accuracy": best["valid_accuracy"],
+            "best_epoch": best["epoch"],
+            "seconds": round(perf_counter() - started, 2),
+            "history": log.history,
+        }
+        write_json(run / "result.json", result)
+        remove_checkpoints(run)
+    mirrored = f"with TTA     {averaged:.2%}, averaged over each image and its mirror image\n" if options.tta else ""
+    held_out = "a tenth of the training set" if options.valid == "holdout" else "here the test set"
     print(f"""
 last epoch   {last["valid_accuracy"]:.2%} accuracy on the validation set, {held_out}
 {mirrored}best epoch   {best["valid_accuracy"]:.2%} in epoch {best["epoch"]}, chosen on the validation set, so a little too good to quote
 run folder   {run}: the pictures, history.csv, result.json, models/last.pth, models/best.pth, and export.pkl from the last epoch
 
 use it       python -c "from fastai.learner import load_learner; print(load_learner('{run}/export.pkl').predict('IMAGE.png'))"
-again        {_command(given, seed=seed + 1, out=None)}""")
-    return result  # for a caller in Python
+again        {_command(vars(options), seed=options.seed + 1, out=None, resume=None, max_minutes=None)}""")
+    return result
 
 
 def _command(given: dict, **changes) -> str:

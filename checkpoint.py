@@ -1,0 +1,157 @@
+"""Stop and go on: a checkpoint after every epoch and at every stop, and a training that continues bit for bit."""
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from time import perf_counter
+
+import numpy as np
+import torch
+from fastai.callback.core import Callback, CancelFitException
+from fastai.torch_core import get_random_states, set_random_states
+
+from errors import InputError
+from run import complete
+
+NAME, BEFORE = "checkpoint.pth", "checkpoint-before.pth"
+FORMAT = 1  # changes with what is in the file
+
+
+class Checkpoint(Callback):
+    """Writes `checkpoint.pth` after every epoch and keeps the one before; goes on from `load_checkpoint`'s `state`.
+
+    After `ask_to_stop`, which a signal handler may call, or when it has taken `max_minutes`, training ends with the
+    batch that is under way and a checkpoint; `stopped` then says where, `code` is that for the shell.
+
+    Weights, optimiser, gradient scaler, random generators, the loader's place in the epoch, and whatever callbacks with
+    a `state_dict` keep: on a CPU the rest of the training is, bit for bit, that of one which was never stopped.
+    """
+
+    order = 90  # behind everything that is kept
+
+    def __init__(self, state: dict | None = None, max_minutes: float | None = None):
+        self.state, self.why, self.code, self.stopped = state, None, 0, None
+        self.deadline = None if max_minutes is None else perf_counter() + 60 * max_minutes
+
+    def ask_to_stop(self, why: str, code: int) -> None:
+        """`why` goes on behind the word stopped; `code` is the exit code."""
+        self.why, self.code = why, code
+
+    def __str__(self) -> str:
+        if self.state is None:
+            return ""
+        return f", from epoch {self.state['epoch'] + 1}, batch {self.state['batch'] + 1} on"
+
+    @property
+    def first_epoch(self) -> int:
+        """The epoch to begin with."""
+        return self.state["epoch"] if self.state else 0
+
+    def before_fit(self):
+        if self.state is None:
+            return
+        self.model.load_state_dict(self.state["model"])
+        self.opt.load_state_dict(self.state["opt"])
+        if self.state["scaler"] is not None:
+            self.learn.scaler.load_state_dict(self.state["scaler"])
+        for cb in self._kept_callbacks():
+            cb.load_state_dict(self.state["callbacks"][type(cb).__name__])
+        states = self.state["random"]
+        name, keys, *rest = states["numpy_state"]
+        set_random_states(**{**states, "numpy_state": (name, np.array(keys, dtype=np.uint32), *rest)})
+        self.dls.train.begin_at(*self.state["loader"])
+
+    def before_train(self):
+        self.begun = self.batch = self.state["batch"] if self.state and self.epoch == self.first_epoch else 0
+        if self.begun:
+            self.learn.pct_train = self.state["pct_train"]
+
+    def after_batch(self):
+        if self.training:
+            self.batch = self.begun + self.iter + 1
+        if not self.why and self.deadline is not None and perf_counter() > self.deadline:
+            self.why = "after --max-minutes"
+        if self.why:
+            self.stopped = f"{self.why} in epoch {self.epoch + 1}, after {self.batch} of {len(self.dls.train)} batches"
+            self._save(self.epoch, self.batch)
+            raise CancelFitException
+
+    def after_epoch(self):
+        if self.epoch >= self.first_epoch:
+            self._save(self.epoch + 1, 0)
+
+    def _kept_callbacks(self) -> list[Callback]:
+        # Looked up in the class: what a callback lacks, fastai looks up in its learner.
+        return [cb for cb in self.learn.cbs if hasattr(type(cb), "state_dict")]
+
+    def _save(self, epoch: int, batch: int) -> None:
+        states = get_random_states()
+        name, keys, *rest = states["numpy_state"]
+        scaler = getattr(self.learn, "scaler", None)
+        train = self.dls.train
+        state = {
+            "format": FORMAT,
+            "epoch": epoch,
+            "batch": batch,
+            "pct_train": float(self.pct_train),
+            "model": self.model.state_dict(),
+            "opt": self.opt.state_dict(),
+            "scaler": scaler and scaler.state_dict(),
+            "callbacks": {type(cb).__name__: cb.state_dict() for cb in self._kept_callbacks()},
+            "random": {**states, "numpy_state": (name, keys.tolist(), *rest)},
+            "loader": (train.epoch, batch) if batch else (train.epoch + 1, 0),
+        }
+        path = self.path / NAME
+        with complete(path) as beside:
+            torch.save(state, beside)
+            if path.exists():
+                with complete(self.path / BEFORE) as before:
+                    os.link(path, before)
+
+
+def load_checkpoint(run: Path) -> dict | None:
+    """The state in the run's last checkpoint, None if there is none yet. Raises InputError where it is damaged."""
+    for name, remedy in ((NAME, f"delete it to go on from the one before, {run / BEFORE}"), (BEFORE, "start anew")):
+        path = run / name
+        if not path.exists():
+            continue
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as e:  # whatever a damaged file makes of torch's reader
+            remedy = remedy if name == BEFORE or (run / BEFORE).exists() else "delete it to start anew"
+            raise InputError(f"{path}: damaged, {remedy} ({str(e).splitlines()[0][:80]})") from e
+        if not isinstance(state, dict) or state.get("format") != FORMAT:
+            raise InputError(f"{path}: not a checkpoint of this version of the project")
+        return state
+    return None
+
+
+def remove_checkpoints(run: Path) -> None:
+    """Delete the checkpoints of a run that has ended."""
+    for name in (NAME, BEFORE):
+        (run / name).unlink(missing_ok=True)
+
+
+@contextmanager
+def signals(ask: Callable[[str, int], None]) -> Iterator[None]:
+    """Call `ask` with words and an exit code at Ctrl-C and SIGTERM; a second Ctrl-C is a KeyboardInterrupt."""
+    if threading.current_thread() is not threading.main_thread():  # only there Python delivers signals
+        yield
+        return
+    asked = []
+
+    def handle(number, frame):
+        if asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked.append(number)
+        ask("by Ctrl-C" if number == signal.SIGINT else "by SIGTERM", 128 + number)
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
