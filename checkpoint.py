@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -119,10 +120,13 @@ def load_checkpoint(run: Path) -> dict | None:
         if not path.exists():
             continue
         try:
+            with zipfile.ZipFile(path) as archive:  # torch's reader leaves out the checksums
+                if bad := archive.testzip():
+                    raise ValueError(f"wrong checksum of {bad}")
             state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as e:  # whatever a damaged file makes of torch's reader
             remedy = remedy if name == BEFORE or (run / BEFORE).exists() else "delete it to start anew"
-            raise InputError(f"{path}: damaged, {remedy} ({str(e).splitlines()[0][:80]})") from e
+            raise InputError(f"{path}: damaged, {remedy} ({f'{type(e).__name__} {e}'.splitlines()[0][:80]})") from e
         if not isinstance(state, dict) or state.get("format") != FORMAT:
             raise InputError(f"{path}: not a checkpoint of this version of the project")
         return state

@@ -1,0 +1,293 @@
+"""A training that was stopped, killed or damaged goes on as if nothing had happened."""
+
+import csv
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from functools import partial
+
+import pytest
+import torch
+from conftest import ROOT
+from fastai.callback.core import Callback
+
+import train_fastai
+from errors import InputError, Stopped
+from recipes import RECIPES
+from run import locked
+from train_fastai import main
+
+SMALL = {"data": "digits", "bs": 128, "width": 2, "epochs": 3, "lr": "0.05", "device": "cpu", "no_lr_find": True}
+KILLS = int(os.environ.get("KILLS", "3"))
+
+
+def outcome(run):
+    """All that must not depend on stops: both weights, and the history but for its seconds."""
+    weights = [torch.load(run / f"models/{name}.pth", weights_only=True) for name in ("last", "best")]
+    rows = list(csv.DictReader((run / "history.csv").open()))
+    result = json.loads((run / "result.json").read_text())
+    best = (result["best_epoch"], result["best_accuracy"], result["last_accuracy"])
+    return weights, [{name: row[name] for name in row if name != "seconds"} for row in rows], best
+
+
+def same(a, b):
+    equal = all(torch.equal(x[name], y[name]) for x, y in zip(a[0], b[0], strict=True) for name in x | y)
+    return equal and a[1:] == b[1:]
+
+
+def names(run):
+    return {path.name for path in run.iterdir()}
+
+
+@pytest.fixture
+def stop_at(monkeypatch):
+    """A function: the next training stops at that epoch and batch, of training or of validation."""
+
+    class StopAt(Callback):
+        def __init__(self, epoch, batch, training):
+            self.at = epoch, batch, training
+
+        def before_batch(self):
+            if (self.epoch, self.iter, self.training) == self.at and hasattr(self.learn, "checkpoint"):
+                self.checkpoint.ask_to_stop("by a test", 99)
+
+    real = train_fastai.get_learner
+
+    def stop(epoch, batch, training=True):
+        def get_learner(*args, **kwargs):
+            monkeypatch.setattr(train_fastai, "get_learner", real)
+            return real(*args, **kwargs, cbs=StopAt(epoch, batch, training))
+
+        monkeypatch.setattr(train_fastai, "get_learner", get_learner)
+
+    return stop
+
+
+@pytest.mark.parametrize(
+    ("recipe", "workers"),
+    [("fast", 0), ("fast", 2), ("plateau", 2), *((name, 0) for name in RECIPES if name != "fast")],
+)
+def test_resumed_is_as_never_stopped(tmp_path, capsys, stop_at, recipe, workers):
+    """Stopped in the first batch of an epoch, in a later one, and while it validates; CutMix draws at every batch."""
+    options = SMALL | {"recipe": recipe, "workers": workers, "cutmix": 1.0}
+    main(**options, out=str(tmp_path / "whole"))
+    run = tmp_path / "stopped"
+    options["out"] = str(run)
+    for place in ((0, 3), (0, 0), (1, 2, False)):
+        stop_at(*place)
+        with pytest.raises(
+            Stopped, match=r"stopped by a test in epoch .* go on with: python train_fastai.py --resume "
+        ) as e:
+            main(**options)
+        assert e.value.code == 99
+        assert "checkpoint.pth" in names(run)
+        assert "result.json" not in names(run)
+        options = {"resume": str(run)}
+    main(**options)
+    assert same(outcome(run), outcome(tmp_path / "whole"))
+    assert names(run) == names(tmp_path / "whole"), "and no checkpoint is left"
+    assert "from epoch 2, batch 12 on" in capsys.readouterr().out
+
+
+def test_the_peak_of_the_range_test_stays(tmp_path, capsys, stop_at):
+    options = {**SMALL, "recipe": "demo", "lr": "auto", "no_lr_find": False}
+    main(**options, out=str(tmp_path / "whole"))
+    stop_at(1, 1)
+    with pytest.raises(Stopped):
+        main(**options, out=str(tmp_path / "stopped"))
+    main(resume=str(tmp_path / "stopped"))
+    assert same(outcome(tmp_path / "stopped"), outcome(tmp_path / "whole"))
+
+
+def test_one_command_starts_goes_on_and_says_that_it_is_done(tmp_path, capsys, stop_at):
+    run = tmp_path / "run"
+    options = SMALL | {"recipe": "demo", "resume": "auto", "out": str(run)}
+    stop_at(1, 0)
+    with pytest.raises(Stopped, match="in epoch 2, after 1 of 11 batches"):
+        main(**options)
+    main(**options)
+    first = outcome(run)
+    capsys.readouterr()
+    result = main(**options)
+    assert capsys.readouterr().out == f"finished     {run}: {result['last_accuracy']:.2%} accuracy after 3 epochs\n"
+    assert same(outcome(run), first)
+
+
+def test_several_runs_go_on_where_they_were_stopped(tmp_path, capsys, stop_at):
+    options = SMALL | {"recipe": "demo", "epochs": 1, "runs": 2, "seed": 3}
+    main(**options, out=str(tmp_path / "whole"))
+    options |= {"resume": "auto", "out": str(tmp_path / "stopped")}
+    stop_at(0, 4)
+    with pytest.raises(Stopped):
+        main(**options)
+    main(**options)
+    for seed in (3, 4):
+        assert same(outcome(tmp_path / f"stopped/seed-{seed}"), outcome(tmp_path / f"whole/seed-{seed}"))
+
+
+def command(*arguments):
+    """A run of the command that hears signals: whoever runs the tests in the background has Ctrl-C ignored."""
+    words = [sys.executable, str(ROOT / "train_fastai.py"), *map(str, arguments)]
+    pipe, heard = subprocess.PIPE, partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen(words, stdout=pipe, stderr=pipe, text=True, preexec_fn=heard, start_new_session=True)
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "words"), [(signal.SIGINT, 130, "by Ctrl-C"), (signal.SIGTERM, 143, "by SIGTERM")]
+)
+def test_a_signal_stops_after_the_batch(tmp_path, capsys, number, code, words):
+    options = {"--recipe": "demo", "--width": 2, "--epochs": 8, "--device": "cpu", "--workers": 2}
+    start = [word for option in options.items() for word in option]
+    process = command(*start, "--no-lr-find", "--out", tmp_path / "run")
+    for line in process.stdout:
+        if line.startswith("epoch   1/8"):
+            break
+    os.killpg(process.pid, number)  # as a terminal and a cluster do: its workers get it too
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == code, errors
+    assert errors.startswith(f"train_fastai.py: stopped {words} in epoch ")
+    assert errors.endswith(f"go on with: python train_fastai.py --resume {tmp_path / 'run'}\n")
+    assert errors.count("\n") == 1
+    assert not [name for name in names(tmp_path / "run") if name.startswith(".")], "nothing half-written"
+
+    main(resume=str(tmp_path / "run"))
+    main(**{name[2:]: value for name, value in options.items()}, no_lr_find=True, out=str(tmp_path / "whole"))
+    assert same(outcome(tmp_path / "run"), outcome(tmp_path / "whole"))
+
+
+def test_killed_at_any_moment(tmp_path, capsys):
+    options = ["--recipe", "demo", "--width", 2, "--epochs", 6, "--device", "cpu", "--out", tmp_path / "run"]
+    options += ["--resume", "auto"]
+    rng = random.Random(0)
+    survived = 0
+    while survived < KILLS:
+        process = command(*options)
+        try:
+            process.communicate(timeout=3 + 8 * rng.random())
+            break  # it had the time to end
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+            survived += 1
+    print(f"{survived} kills survived")
+    process = command(*options)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    main(recipe="demo", width=2, epochs=6, device="cpu", out=str(tmp_path / "whole"))
+    assert same(outcome(tmp_path / "run"), outcome(tmp_path / "whole"))
+
+
+def test_max_minutes_is_no_failure(tmp_path, capsys):
+    with pytest.raises(Stopped, match="stopped after --max-minutes in epoch 1, after 1 of 11 batches") as e:
+        main(**SMALL, recipe="demo", max_minutes=1e-9, out=str(tmp_path / "run"))
+    assert e.value.code == 0
+
+
+# What cannot be gone on with
+
+
+@pytest.fixture
+def stopped(tmp_path, capsys, stop_at):
+    """A run that was stopped in its second epoch."""
+    stop_at(1, 2)
+    with pytest.raises(Stopped):
+        main(**SMALL, recipe="demo", out=str(tmp_path / "run"))
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (
+            {"epochs": 5},
+            "--epochs 5: .* was started with 3; the learning rates of all epochs depend on it; leave it out",
+        ),
+        ({"lr": "0.1"}, "--lr 0.1: .* was started with 0.05"),
+        ({"seed": 1}, "--seed 1: .* was started with 0"),
+        ({"recipe": "seed"}, "--recipe seed: .* was started with demo"),
+        ({"wd": 0.1}, "--wd 0.1: .* was started with 0.0005"),
+        ({"tta": True}, "--tta True: .* was started with False"),
+        ({"out": "elsewhere"}, "--out elsewhere: a resumed run goes on in its own folder"),
+    ],
+)
+def test_another_setting_is_refused(stopped, options, expected):
+    with pytest.raises(InputError, match=expected):
+        main(resume=str(stopped), **options)
+
+
+def test_the_same_setting_and_another_number_of_workers_are_not(stopped, capsys):
+    main(resume=str(stopped), recipe="demo", epochs=3, lr="0.05", wd=5e-4, workers=1)
+    assert json.loads((stopped / "result.json").read_text())["workers"] == 1
+
+
+def test_no_run_no_resume(tmp_path):
+    with pytest.raises(InputError, match=r"nothing: there is no run to go on with, no config\.json"):
+        main(resume=str(tmp_path / "nothing"))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(InputError, match=r"config\.json: not that of a run of this version"):
+        main(resume=str(tmp_path))
+    with pytest.raises(InputError, match="--resume auto: pass --out RUN too"):
+        main(resume="auto")
+
+
+def test_other_images_are_refused(image_folder, tmp_path, capsys, stop_at):
+    root = image_folder()
+    options = SMALL | {"data": str(root), "bs": 2, "out": str(tmp_path / "run")}
+    stop_at(1, 0)
+    with pytest.raises(Stopped):
+        main(**options)
+    (root / "train/cat/000.png").write_bytes((root / "train/dog/000.png").read_bytes())
+    with pytest.raises(InputError, match="the images are others, but it was started with"):
+        main(resume=str(tmp_path / "run"))
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 255
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("harm", [cut, flip, lambda path: path.write_bytes(b""), lambda path: path.write_text("words")])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_serves(stopped, tmp_path, capsys, harm):
+    main(**SMALL, recipe="demo", out=str(tmp_path / "whole"))
+    harm(stopped / "checkpoint.pth")
+    with pytest.raises(InputError, match=r"checkpoint\.pth: damaged, delete it to go on from the one before") as e:
+        main(resume=str(stopped))
+    assert "\n" not in str(e.value)
+    (stopped / "checkpoint.pth").unlink()
+    main(resume=str(stopped))
+    assert same(outcome(stopped), outcome(tmp_path / "whole"))
+
+
+def test_a_checkpoint_runs_no_code(stopped, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "evil"),)
+
+    torch.save({"format": 1, "model": Evil()}, stopped / "checkpoint.pth")
+    with pytest.raises(InputError, match=r"checkpoint\.pth: damaged"):
+        main(resume=str(stopped))
+    assert not (tmp_path / "evil").exists()
+
+
+def test_two_runs_never_share_a_folder(stopped):
+    holder = (
+        "import sys; from pathlib import Path; from run import locked\nwith locked(Path(sys.argv[1])): print(); input()"
+    )
+    pipe = subprocess.PIPE
+    words = [sys.executable, "-W", "ignore", "-c", holder, str(stopped)]
+    process = subprocess.Popen(words, stdin=pipe, stdout=pipe, cwd=ROOT)
+    process.stdout.readline()
+    with pytest.raises(InputError, match="run: another process trains in this folder; wait for it"):
+        main(resume=str(stopped))
+    process.kill()
+    process.wait()
+    with locked(stopped):
+        pass
