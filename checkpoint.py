@@ -1,5 +1,6 @@
 """Stop and go on: a checkpoint after every epoch and at every stop, and a training that continues bit for bit."""
 
+import errno
 import os
 import signal
 import threading
@@ -75,6 +76,8 @@ class Checkpoint(Callback):
             self.batch = self.begun + self.iter + 1
         if not self.why and self.deadline is not None and perf_counter() > self.deadline:
             self.why = "after --max-minutes"
+        if self.why and not torch.isfinite(self.loss):
+            raise CancelFitException  # nothing to go on from
         if self.why:
             self.stopped = f"{self.why} in epoch {self.epoch + 1}, after {self.batch} of {len(self.dls.train)} batches"
             self._save(self.epoch, self.batch)
@@ -107,7 +110,8 @@ class Checkpoint(Callback):
         }
         path = self.path / NAME
         with complete(path) as beside:
-            torch.save(state, beside)
+            with beside.open("wb") as file:  # torch, given a path, hides why it cannot write there
+                torch.save(state, file)
             if path.exists():
                 with complete(self.path / BEFORE) as before:
                     os.link(path, before)
@@ -131,6 +135,29 @@ def load_checkpoint(run: Path) -> dict | None:
             raise InputError(f"{path}: not a checkpoint of this version of the project")
         return state
     return None
+
+
+@contextmanager
+def faults_explained(run: Path, bs: int) -> Iterator[None]:
+    """What the machine lacks becomes one line, and how to go on."""
+    again = f"go on with: python train_fastai.py --resume {run}"
+    try:
+        yield
+    except torch.OutOfMemoryError as e:
+        raise InputError(f"the device has too little memory for batches of {bs}; try --bs {max(2, bs // 2)}") from e
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise InputError(f"{e.filename or run}: {e.strerror}; make room, then {again}") from e
+    except RuntimeError as e:
+        if any(words in str(e) for words in ("inline_container", "iostream error")):  # torch's own files, fastai's too
+            raise InputError(
+                f"{run}: a file could not be written, maybe the disk is full; make room, then {again}"
+            ) from e
+        why = next((line.strip(" .") for line in str(e).splitlines() if "DataLoader worker" in line), None)
+        if why is None:
+            raise
+        raise InputError(f"{why}, perhaps for want of memory; {again} --workers 0") from e
 
 
 def remove_checkpoints(run: Path) -> None:

@@ -30,6 +30,9 @@ def complete(path: Path) -> Iterator[Path]:
     try:
         yield beside
         os.replace(beside, path)
+    except OSError as e:
+        e.filename = e.filename or str(path)  # a write that fails does not know its file
+        raise
     finally:
         beside.unlink(missing_ok=True)
 
@@ -140,8 +143,8 @@ def save_weights(learn: Learner, name: str) -> Path:
     """`learn.save` to `models/NAME.pth`, complete or not at all; `learn.load(NAME)` reads it."""
     path = learn.path / learn.model_dir / f"{name}.pth"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with complete(path) as beside:
-        save_model(beside, learn.model, opt=None, with_opt=False)
+    with complete(path) as beside, beside.open("wb") as file:  # torch, given a path, hides why it cannot write there
+        save_model(file, learn.model, opt=None, with_opt=False)
     return path
 
 
@@ -155,7 +158,19 @@ class RunLog(TrackerCallback):
     def __init__(self):
         super().__init__(monitor="accuracy", comp=np.greater)
         self.history, self.best_epoch = [], None
-        self.images, self.begun = 0, (0.0, [], 0)
+        self.sums, self.images, self.begun, self.failure = [], 0, (0.0, [], 0), None
+
+    def after_fit(self):
+        super().after_fit()
+        self.failure = self._failure()
+
+    def _failure(self) -> str | None:
+        """Where the training loss was no longer finite."""
+        if not self.sums or torch.isfinite(losses := torch.stack(self.sums)[:, 0]).all():
+            return None
+        batch = int(torch.isfinite(losses).int().argmin())
+        loss, lr = float(losses[batch]), self.recorder.lrs[batch - len(losses)]
+        return f"the training loss became {loss} in epoch {self.epoch + 1}, batch {batch + 1}, learning rate {lr:.3g}"
 
     def state_dict(self) -> dict:
         """Epochs that are done, and the sums of the one that has been begun."""

@@ -20,7 +20,6 @@ import sys
 import warnings
 from contextlib import nullcontext
 from dataclasses import asdict, fields
-from math import isfinite
 from pathlib import Path
 from time import perf_counter
 from types import SimpleNamespace
@@ -200,7 +199,7 @@ def _train(options: SimpleNamespace, settings: Recipe, run: Path | None) -> dict
     from fastai.torch_core import set_seed
 
     from callbacks import tta_accuracy
-    from checkpoint import Checkpoint, load_checkpoint, remove_checkpoints, signals
+    from checkpoint import Checkpoint, faults_explained, load_checkpoint, remove_checkpoints, signals
     from data import get_dls
     from export import export
     from lr_finder import RangeTest, range_test, undisturbed
@@ -240,7 +239,9 @@ def _train(options: SimpleNamespace, settings: Recipe, run: Path | None) -> dict
         "schedule": str(settings.schedule),
         **{name: getattr(options, name) for name in ("norm", "seed", "valid", "compile")},
     }
-    config = describe(learn, asked) | {"arguments": vars(options)}
+    config = describe(learn, asked) | {
+        "arguments": {name: str(v) if isinstance(v, Path) else v for name, v in vars(options).items()}
+    }
     if run is None:
         run = new_run_folder(options.recipe, options.out)
     else:
@@ -249,7 +250,7 @@ def _train(options: SimpleNamespace, settings: Recipe, run: Path | None) -> dict
 
     # In a file or a pipe a progress bar is a heap of carriage returns. RunLog writes what fastai's own log leaves out.
     quiet = nullcontext() if sys.stdout.isatty() else learn.no_bar()
-    with locked(run), quiet, learn.no_logging():
+    with locked(run), faults_explained(run, settings.bs), quiet, learn.no_logging():
         write_json(run / "config.json", config)
         print_config(config)
         with undisturbed(learn):
@@ -282,12 +283,11 @@ def _train(options: SimpleNamespace, settings: Recipe, run: Path | None) -> dict
             again = shlex.join(["python", "train_fastai.py", "--resume", str(run)])
             raise Stopped(f"stopped {checkpoint.stopped}; go on with: {again}", checkpoint.code)
 
-        last, best = log.history[-1], log.history[(log.best_epoch or 1) - 1]
-        if not isfinite(last["train_loss"]):
+        if log.failure:
             raise InputError(
-                f"the training loss became {last['train_loss']} in epoch {last['epoch']}: a peak learning rate of "
-                f"{peak:.3g} is too high here, lower --lr; {run} keeps the history"
+                f"{log.failure}: a peak learning rate of {peak:.3g} is too high here, lower --lr; {run} keeps the history"
             )
+        last, best = log.history[-1], log.history[(log.best_epoch or 1) - 1]
         save_weights(learn, "last")
         name = dls.train_ds.items.name
         save_history(log.history, run, f"{name}, recipe {options.recipe}, width {settings.width}, seed {options.seed}")

@@ -2,19 +2,23 @@
 
 import csv
 import json
+import multiprocessing
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
-from functools import partial
+import time
 
+import matplotlib
 import pytest
 import torch
 from conftest import ROOT
 from fastai.callback.core import Callback
 
 import train_fastai
+from checkpoint import load_checkpoint
 from errors import InputError, Stopped
 from recipes import RECIPES
 from run import locked
@@ -128,11 +132,17 @@ def test_several_runs_go_on_where_they_were_stopped(tmp_path, capsys, stop_at):
         assert same(outcome(tmp_path / f"stopped/seed-{seed}"), outcome(tmp_path / f"whole/seed-{seed}"))
 
 
-def command(*arguments):
-    """A run of the command that hears signals: whoever runs the tests in the background has Ctrl-C ignored."""
-    words = [sys.executable, str(ROOT / "train_fastai.py"), *map(str, arguments)]
-    pipe, heard = subprocess.PIPE, partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    return subprocess.Popen(words, stdout=pipe, stderr=pipe, text=True, preexec_fn=heard, start_new_session=True)
+def command(*arguments, limit=resource.RLIM_INFINITY):
+    """A run of the command that hears signals, and can write files of at most `limit` bytes."""
+
+    def prepare():
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # whoever runs the tests in the background has Ctrl-C ignored
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    words, pipe = [sys.executable, str(ROOT / "train_fastai.py"), *map(str, arguments)], subprocess.PIPE
+    env = {**os.environ, "MPLCONFIGDIR": matplotlib.get_cachedir()}  # there its list of fonts is made already
+    options = {"stdout": pipe, "stderr": pipe, "text": True, "start_new_session": True, "env": env}
+    return subprocess.Popen(words, preexec_fn=prepare, **options)
 
 
 @pytest.mark.parametrize(
@@ -184,6 +194,67 @@ def test_max_minutes_is_no_failure(tmp_path, capsys):
     with pytest.raises(Stopped, match="stopped after --max-minutes in epoch 1, after 1 of 11 batches") as e:
         main(**SMALL, recipe="demo", max_minutes=1e-9, out=str(tmp_path / "run"))
     assert e.value.code == 0
+
+
+# Faults
+
+
+@pytest.mark.parametrize("limit", [200, 60_000, 110_000, 200_000])  # bytes: a file, a picture, weights, a checkpoint
+def test_a_full_disk_is_one_line_and_nothing_half_written(tmp_path, capsys, limit):
+    options = ["--recipe", "demo", "--width", 4, "--epochs", 2, "--device", "cpu", "--out", tmp_path / "run"]
+    main(recipe="demo", width=4, epochs=2, device="cpu", out=str(tmp_path / "whole"))  # the images are in the cache now
+    process = command(*options, limit=limit)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 2, errors
+    assert errors.count("\n") == 1, errors
+    assert "make room, then go on with: python train_fastai.py --resume" in errors
+    assert "File too large" in errors or "a file could not be written" in errors
+    assert not [path for path in (tmp_path / "run").rglob(".*") if path.is_file()], "nothing half-written"
+    main(**{word.strip("-"): value for word, value in zip(options[::2], options[1::2], strict=True)}, resume="auto")
+    assert same(outcome(tmp_path / "run"), outcome(tmp_path / "whole"))
+
+
+def test_a_loader_process_that_dies_is_named(tmp_path, capsys, monkeypatch):
+    class Kill(Callback):
+        def before_batch(self):
+            if self.epoch == 1 and self.training:
+                os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+                time.sleep(1)
+
+    real = train_fastai.get_learner
+    monkeypatch.setattr(train_fastai, "get_learner", lambda *args: real(*args, cbs=Kill()))
+    options = SMALL | {"recipe": "demo", "no_lr_find": True}
+    with pytest.raises(InputError, match=r"DataLoader worker .* killed by signal: Killed, perhaps .* --workers 0"):
+        main(**options, workers=1, out=str(tmp_path / "run"))
+    monkeypatch.setattr(train_fastai, "get_learner", real)
+    main(resume=str(tmp_path / "run"), workers=0)
+    main(**options, out=str(tmp_path / "whole"))
+    assert same(outcome(tmp_path / "run"), outcome(tmp_path / "whole"))
+
+
+def test_a_loss_that_is_not_finite_says_where_and_keeps_what_was_good(tmp_path, capsys, monkeypatch):
+    class Wreck(Callback):
+        def before_batch(self):
+            if (self.epoch, self.iter, self.training) == (1, 4, True):
+                self.learn.xb = (self.x * float("nan"),)
+
+    real = train_fastai.get_learner
+    monkeypatch.setattr(train_fastai, "get_learner", lambda *args: real(*args, cbs=Wreck()))
+    with pytest.raises(InputError, match=r"the training loss became nan in epoch 2, batch 5, learning rate 0\.0\d+: "):
+        main(**SMALL, recipe="demo", out=str(tmp_path / "run"))
+    assert load_checkpoint(tmp_path / "run")["epoch"] == 1
+    assert all(torch.isfinite(weight).all() for weight in load_checkpoint(tmp_path / "run")["model"].values())
+
+
+def test_too_little_memory_says_what_to_try(tmp_path, capsys, monkeypatch):
+    class Full(Callback):
+        def before_batch(self):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    real = train_fastai.get_learner
+    monkeypatch.setattr(train_fastai, "get_learner", lambda *args: real(*args, cbs=Full()))
+    with pytest.raises(InputError, match="too little memory for batches of 128; try --bs 64"):
+        main(**SMALL, recipe="demo", out=str(tmp_path / "run"))
 
 
 # What cannot be gone on with
