@@ -13,23 +13,21 @@ In a notebook:
 """
 
 import gc
-import inspect
 import json
-import shlex
 import sys
 import warnings
 from contextlib import nullcontext
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated
 
 from errors import InputError, Stopped, run_command
+from options import check_compiler, command_line, defaults, get_device, recipe_of, resumed
 from recipes import RECIPES, Recipe, get_recipe, recipe_table
 
 if TYPE_CHECKING:
-    import torch
     from fastai.data.core import DataLoaders
     from fastai.learner import Learner
 
@@ -126,9 +124,9 @@ def main(
         return None
     run = None
     if resume:
-        run, given = _resumed(given)
+        run, given = resumed(main, given)
     options = SimpleNamespace(**given)
-    settings = _settings(given)
+    settings = recipe_of(given)
     if options.runs == 1:
         return _train(options, settings, run)
     results = []
@@ -142,55 +140,6 @@ def main(
 
     print(f"accuracy on the validation set, in %\n\n{runs_table(results)}")
     return None
-
-
-def _settings(given: dict) -> Recipe:
-    """The recipe with the options that go over it. Raises InputError for one out of range, or two that contradict."""
-    options = SimpleNamespace(**given)
-    if options.no_lr_find and (options.lr_find_only or options.lr == "auto"):
-        other = "--lr-find-only" if options.lr_find_only else "--lr auto"
-        raise InputError(f"--no-lr-find contradicts {other}; drop one of them")
-    if options.runs < 1 or (options.runs > 1 and options.lr_find_only):
-        why = "--lr-find-only does not train" if options.runs > 1 else "it must be at least 1"
-        raise InputError(f"--runs is {options.runs}: {why}")
-    if options.max_minutes is not None and not options.max_minutes > 0:
-        raise InputError(f"--max-minutes is {options.max_minutes}: it must be above 0")
-    changes = {field.name: given[field.name] for field in fields(Recipe) if field.name in given}
-    settings = get_recipe(options.recipe, **changes | {"lr": _learning_rate(options.lr)})
-    if options.tta and settings.flip == 0:
-        raise InputError("--tta: flip is 0, so that the network never learns from mirror images; leave it out")
-    return settings
-
-
-def _resumed(given: dict) -> tuple[Path | None, dict]:
-    """The run to go on with and the arguments it was started with; None and `given` where there is none yet.
-
-    Raises InputError where an option says something else than the run was started with.
-    """
-    run = Path(given["resume"])
-    if given["resume"] == "auto":
-        if not given["out"]:
-            raise InputError("--resume auto: pass --out RUN too, the folder to start in or to go on in")
-        run = Path(given["out"])
-        if given["runs"] > 1 or not (run / "config.json").exists():
-            return None, given
-    elif given["out"]:
-        raise InputError(f"--out {given['out']}: a resumed run goes on in its own folder; leave it out")
-    try:
-        config = json.loads((run / "config.json").read_text())
-        started = config["arguments"]
-    except OSError as e:
-        raise InputError(f"--resume {run}: there is no run to go on with, no config.json ({e.strerror})") from None
-    except (ValueError, KeyError, TypeError):
-        raise InputError(f"{run}/config.json: not that of a run of this version of the project") from None
-    free = ("resume", "out", "runs", "device", "workers", "max_minutes")  # change nothing in what is learned
-    now = {name: given[name] for name, p in inspect.signature(main).parameters.items() if given[name] != p.default}
-    for name, value in now.items():
-        if name not in free and str(value) not in (str(started.get(name)), str(config.get(name))):
-            was = started.get(name) if started.get(name) is not None else config.get(name)
-            why = "; the learning rates of all epochs depend on it" if name == "epochs" else ""
-            raise InputError(f"--{name.replace('_', '-')} {value}: {run} was started with {was}{why}; leave it out")
-    return run, {**started, **{name: value for name, value in now.items() if name in free}}
 
 
 def _train(options: SimpleNamespace, settings: Recipe, run: Path | None) -> dict | None:
@@ -225,7 +174,7 @@ def _train(options: SimpleNamespace, settings: Recipe, run: Path | None) -> dict
         return result
     device = get_device(options.device)
     if options.compile:
-        _check_compiler(device)
+        check_compiler(device)
     dls = get_dls(
         settings.data, settings.bs, options.seed, options.workers, options.valid, device,
         pad=settings.pad, flip=settings.flip, cutout=settings.cutout,
@@ -268,7 +217,7 @@ def _train(options: SimpleNamespace, settings: Recipe, run: Path | None) -> dict
             save_lr_find(test, run / "lr_find.png", chosen)
             print(f"range test   {test}")
             if options.lr_find_only:
-                again = _command(vars(options), lr="LR", lr_find_only=False, out=None)
+                again = command_line(main, vars(options), lr="LR", lr_find_only=False, out=None)
                 print(f"see          {run / 'lr_find.png'}\ntrain        {again}")
                 return None
             if peak is None:
@@ -280,7 +229,7 @@ def _train(options: SimpleNamespace, settings: Recipe, run: Path | None) -> dict
         with signals(checkpoint.ask_to_stop):
             learn.fit(settings.epochs, peak, cbs=cbs, start_epoch=checkpoint.first_epoch)
         if checkpoint.stopped:
-            again = shlex.join(["python", "train_fastai.py", "--resume", str(run)])
+            again = command_line(main, defaults(main), resume=str(run))
             raise Stopped(f"stopped {checkpoint.stopped}; go on with: {again}", checkpoint.code)
 
         if log.failure:
@@ -315,55 +264,8 @@ last epoch   {last["valid_accuracy"]:.2%} accuracy on the validation set, {held_
 run folder   {run}: the pictures, history.csv, result.json, models/last.pth, models/best.pth, and export.pkl from the last epoch
 
 use it       python -c "from fastai.learner import load_learner; print(load_learner('{run}/export.pkl').predict('IMAGE.png'))"
-again        {_command(vars(options), seed=options.seed + 1, out=None, resume=None, max_minutes=None)}""")
+again        {command_line(main, vars(options), seed=options.seed + 1, out=None, resume=None, max_minutes=None)}""")
     return result
-
-
-def _command(given: dict, **changes) -> str:
-    """The command line for the arguments of `main` in `given`, with `changes`; what has its default value is left out."""
-    words = ["python", "train_fastai.py"]
-    for name, parameter in inspect.signature(main).parameters.items():
-        value, option = {**given, **changes}[name], "--" + name.replace("_", "-")
-        if value != parameter.default:
-            words += [option] if value is True else [option, str(value)]
-    return shlex.join(words)
-
-
-def _learning_rate(lr: str | None) -> float | None:
-    """The number in `--lr`; None where the recipe or the range test says it."""
-    if lr in (None, "auto"):
-        return None
-    try:
-        return float(lr)
-    except ValueError:
-        raise InputError(f"--lr is {lr!r}: it must be a number or auto") from None
-
-
-def get_device(name: str) -> "torch.device":
-    """The torch device of that name, checked for being there; "auto" is the best one there is."""
-    import torch
-    from fastai.torch_core import default_device
-
-    if name == "auto":
-        return default_device()
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError):  # an unknown name, and a known one that this torch or machine lacks
-        there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-        there += ["mps"] if torch.backends.mps.is_available() else []
-        raise InputError(f"--device {name}: no such device here; this machine has {', '.join(there)}") from None
-    return torch.device("cuda", torch.cuda.current_device()) if name == "cuda" else device
-
-
-def _check_compiler(device: "torch.device") -> None:
-    """Raise InputError where torch.compile has no compiler for `device`."""
-    import torch
-
-    try:
-        torch.compile(torch.exp)(torch.ones(1, device=device))
-    except RuntimeError as e:
-        raise InputError(f"--compile: torch.compile does not work here; leave it out ({str(e).splitlines()[0]})") from e
 
 
 if __name__ == "__main__":

@@ -78,8 +78,8 @@ def main(
     import steps
     import torch
 
+    from options import get_device
     from run import write_json
-    from train_fastai import get_device
 
     device = get_device(device)
     gpu = device.type == "cuda"

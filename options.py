@@ -1,0 +1,119 @@
+"""The options of the command: checked, taken from the run that is gone on with, written out again as a command."""
+
+import inspect
+import json
+import shlex
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
+
+from errors import InputError
+from recipes import Recipe, get_recipe
+
+if TYPE_CHECKING:
+    import torch
+
+
+def defaults(func: Callable) -> dict:
+    """The default value of each argument."""
+    return {name: parameter.default for name, parameter in inspect.signature(func).parameters.items()}
+
+
+def recipe_of(given: dict) -> Recipe:
+    """The recipe with the options that go over it. Raises InputError for one out of range, or two that contradict."""
+    options = SimpleNamespace(**given)
+    if options.no_lr_find and (options.lr_find_only or options.lr == "auto"):
+        other = "--lr-find-only" if options.lr_find_only else "--lr auto"
+        raise InputError(f"--no-lr-find contradicts {other}; drop one of them")
+    if options.runs < 1 or (options.runs > 1 and options.lr_find_only):
+        why = "--lr-find-only does not train" if options.runs > 1 else "it must be at least 1"
+        raise InputError(f"--runs is {options.runs}: {why}")
+    if options.max_minutes is not None and not options.max_minutes > 0:
+        raise InputError(f"--max-minutes is {options.max_minutes}: it must be above 0")
+    changes = {field.name: given[field.name] for field in fields(Recipe) if field.name in given}
+    settings = get_recipe(options.recipe, **changes | {"lr": _learning_rate(options.lr)})
+    if options.tta and settings.flip == 0:
+        raise InputError("--tta: flip is 0, so that the network never learns from mirror images; leave it out")
+    return settings
+
+
+def _learning_rate(lr: str | None) -> float | None:
+    """The number in `--lr`; None where the recipe or the range test says it."""
+    if lr in (None, "auto"):
+        return None
+    try:
+        return float(lr)
+    except ValueError:
+        raise InputError(f"--lr is {lr!r}: it must be a number or auto") from None
+
+
+def resumed(func: Callable, given: dict) -> tuple[Path | None, dict]:
+    """The run to go on with and the arguments that it was started with; None and `given` where there is none yet.
+
+    Raises InputError where an option says something else than the run was started with.
+    """
+    run = Path(given["resume"])
+    if given["resume"] == "auto":
+        if not given["out"]:
+            raise InputError("--resume auto: pass --out RUN too, the folder to start in or to go on in")
+        run = Path(given["out"])
+        if given["runs"] > 1 or not (run / "config.json").exists():
+            return None, given
+    elif given["out"]:
+        raise InputError(f"--out {given['out']}: a resumed run goes on in its own folder; leave it out")
+    try:
+        config = json.loads((run / "config.json").read_text())
+        started = config["arguments"]
+        if started.keys() != given.keys():
+            raise KeyError
+    except OSError as e:
+        raise InputError(f"--resume {run}: there is no run to go on with, no config.json ({e.strerror})") from None
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"{run}/config.json: not that of a run of this version of the project") from None
+    free = ("resume", "out", "runs", "device", "workers", "max_minutes")  # change nothing in what is learned
+    now = {name: value for name, value in given.items() if value != defaults(func)[name]}
+    for name, value in now.items():
+        if name not in free and str(value) not in (str(started.get(name)), str(config.get(name))):
+            was = started.get(name) if started.get(name) is not None else config.get(name)
+            why = "; the learning rates of all epochs depend on it" if name == "epochs" else ""
+            raise InputError(f"--{name.replace('_', '-')} {value}: {run} was started with {was}{why}; leave it out")
+    return run, {**started, **{name: value for name, value in now.items() if name in free}}
+
+
+def command_line(func: Callable, given: dict, **changes) -> str:
+    """The command line that calls `func` with `given` and `changes`; what has its default value is left out."""
+    words = ["python", "train_fastai.py"]
+    for name, default in defaults(func).items():
+        value, option = {**given, **changes}[name], "--" + name.replace("_", "-")
+        if value != default:
+            words += [option] if value is True else [option, str(value)]
+    return shlex.join(words)
+
+
+def get_device(name: str) -> "torch.device":
+    """The torch device of that name, checked for being there; "auto" is the best one there is."""
+    import torch
+    from fastai.torch_core import default_device
+
+    if name == "auto":
+        return default_device()
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError):  # an unknown name, and a known one that this torch or machine lacks
+        there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        there += ["mps"] if torch.backends.mps.is_available() else []
+        raise InputError(f"--device {name}: no such device here; this machine has {', '.join(there)}") from None
+    return torch.device("cuda", torch.cuda.current_device()) if name == "cuda" else device
+
+
+def check_compiler(device: "torch.device") -> None:
+    """Raise InputError where torch.compile has no compiler for `device`."""
+    import torch
+
+    try:
+        torch.compile(torch.exp)(torch.ones(1, device=device))
+    except RuntimeError as e:
+        raise InputError(f"--compile: torch.compile does not work here; leave it out ({str(e).splitlines()[0]})") from e
