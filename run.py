@@ -1,7 +1,6 @@
 """The run folder: its number, its files, and the callback that writes down what happened in every epoch."""
 
 import csv
-import fcntl
 import json
 import os
 import platform
@@ -19,6 +18,11 @@ from fastai.callback.tracker import TrackerCallback
 from fastai.learner import Learner, save_model
 
 from errors import InputError
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None
 
 PACKAGES = ("fastai", "torch", "torchvision", "albumentations", "fastcore", "numpy", "pillow")
 
@@ -88,9 +92,8 @@ def locked(run: Path) -> Iterator[None]:
     path = run / ".lock"
     with path.open("w") as file:
         try:
-            fcntl.lockf(
-                file, fcntl.LOCK_EX | fcntl.LOCK_NB
-            )  # unlike flock, not held by forked workers that live longer
+            if fcntl:  # lockf, as flock would be held by worker processes that live longer
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise InputError(f"{run}: another process trains in this folder; wait for it, or pass --out PATH") from None
         try:
