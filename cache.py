@@ -13,7 +13,7 @@ import numpy as np
 
 from images import ImageTable
 
-VERSION = 2  # of what the reading makes of a source; another one is another entry
+VERSION = 3  # of what the reading makes of a source; another one is another entry
 ARRAYS = ("images", "labels", "is_train")
 DAY = 24 * 60 * 60  # seconds
 
@@ -76,7 +76,7 @@ def _save(entry: Path, table: ImageTable) -> None:
         for name in ARRAYS:
             np.save(beside / f"{name}.npy", getattr(table, name))
         about = {"name": table.name, "classes": table.classes}
-        about |= {"digest": table.fingerprint(), "stats": table.train_stats()}
+        about |= {"digest": table.fingerprint(), "stats": table.train_stats(), "notes": table.notes}
         (beside / "about.json").write_text(json.dumps(about))
         shutil.rmtree(entry, ignore_errors=True)  # a damaged one
         beside.rename(entry)
@@ -90,4 +90,5 @@ def _load(entry: Path) -> ImageTable:
     images, labels, is_train = (np.asarray(np.load(entry / f"{name}.npy", mmap_mode="r")) for name in ARRAYS)
     classes, stats = tuple(about["classes"]), tuple(map(tuple, about["stats"]))
     rows = np.arange(len(images))
-    return ImageTable(about["name"], classes, images, labels, is_train, rows, stats, about["digest"])
+    notes = tuple(about["notes"])
+    return ImageTable(about["name"], classes, images, labels, is_train, rows, stats, about["digest"], notes)

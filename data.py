@@ -1,5 +1,6 @@
 """How images become fastai `DataLoaders`: a `DataBlock` over an `ImageTable`, and a loader of whole batches."""
 
+import io
 import os
 import signal
 import weakref
@@ -33,7 +34,9 @@ def rgb_image(o: str | Path | bytes | np.ndarray | Image.Image) -> PILImage:
     """A path, bytes, PIL image of any mode or uint8 array (H, W) or (H, W, 1, 3 or 4) → 32x32 RGB `PILImage`."""
     if isinstance(o, np.ndarray) and o.ndim == 3 and o.shape[2] == 1:
         o = o[..., 0]
-    return PILImage.create(to_rgb(PILImage.create(o)))
+    if isinstance(o, str | Path | bytes):
+        o = Image.open(io.BytesIO(o) if isinstance(o, bytes) else o)  # fastai would make RGB of it, and 16 bits white
+    return PILImage.create(to_rgb(o if isinstance(o, Image.Image) else PILImage.create(o)))
 
 
 class _Workers(_MultiProcessingDataLoaderIter):

@@ -8,10 +8,18 @@ import numpy as np
 from PIL import Image
 
 SIZE = 32  # pixels a side
+MAX_PIXELS = 64_000_000  # of an image that is shrunk to 32x32; decoded it would take 200 MB
 
 
 def to_rgb(image: Image.Image) -> np.ndarray:
-    """A PIL image of any mode and size → uint8 (32, 32, 3). Other sizes are squeezed, so that nothing is cut off."""
+    """A PIL image of any mode and size → uint8 (32, 32, 3). Other sizes are squeezed, so that nothing is cut off.
+
+    Raises ValueError for one of more than 64 million pixels.
+    """
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(f"{image.width}x{image.height} pixels, too many")
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))  # Pillow would make all above 255 white
     image = image.convert("RGB")
     if image.size != (SIZE, SIZE):
         image = image.resize((SIZE, SIZE), Image.Resampling.BILINEAR)
@@ -31,7 +39,7 @@ class ImageTable:
 
     images: uint8 (n, 32, 32, 3); labels: int64 (n,), indices into `classes`; is_train: bool (n,); `rows` are the rows
     of a view. Where they are known beforehand, `stats` are mean and standard deviation per channel (range 0..1), and
-    `digest` is the fingerprint.
+    `digest` is the fingerprint; `notes` are what a user should know about the data.
     """
 
     name: str
@@ -42,6 +50,7 @@ class ImageTable:
     rows: np.ndarray
     stats: tuple | None = None
     digest: str | None = None
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -1,5 +1,6 @@
 """Where images come from: every source is decoded once, checked, and becomes an `ImageTable`."""
 
+import hashlib
 import io
 import pickle
 import stat
@@ -10,14 +11,13 @@ import urllib.request
 import zipfile
 import zlib
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import replace
 from lzma import LZMAError
 from pathlib import Path, PurePosixPath
 
 import numpy as np
-from fastai.vision.core import PILImage
 from PIL import Image
 
 from cache import decoded
@@ -59,12 +59,19 @@ def load_images(source: str | Path | ImageTable) -> ImageTable:
             )
     except OSError as e:
         raise InputError(f"{e.filename or path}: cannot be read ({e.strerror or e}); check its permissions") from e
-    return replace(table, name=path.resolve().name)
+    table = replace(table, name=path.resolve().name)
+    for note in table.notes:
+        print(f"warning: {table.name}: {' '.join(note.split())}", file=sys.stderr)
+    return table
 
 
-def _decode(data: bytes, name: str) -> np.ndarray:
+def _decode(data: bytes, name: str, animated: list[str]) -> np.ndarray:
+    """The pixels; the name is noted in `animated` where there are more frames than the one."""
     try:
-        return to_rgb(PILImage.create(data))
+        with Image.open(io.BytesIO(data)) as image:
+            if getattr(image, "n_frames", 1) > 1:
+                animated.append(name)
+            return to_rgb(image)
     except Exception as e:  # whatever a decoder makes of a foreign file: Pillow raises half a dozen types
         reason = str(e).partition(" <_io")[0]
         raise InputError(f"{name}: not a readable image ({reason}); remove or replace it") from e
@@ -124,6 +131,7 @@ def _read_folder(root: Path) -> ImageTable:
         names = [name for split in SPLITS for name in BATCH_FILES[split]] + ["batches.meta"]
         return _read_batches(str(root), {n: (root / n).read_bytes() for n in names if (root / n).is_file()})
     found: Found = {}
+    animated: list[str] = []
     for split in SPLITS:
         if not (root / split).is_dir():
             raise InputError(f"{root}: there is no {split} folder in it; it must hold train/<class>/ and test/<class>/")
@@ -132,9 +140,9 @@ def _read_folder(root: Path) -> ImageTable:
                 raise InputError(f"{folder}: a file where the folder of a class should be; remove it")
             files = sorted(p for p in folder.iterdir() if not p.name.startswith("."))
             found[split, folder.name] = [
-                (path.name, _decode(path.read_bytes(), _checked_suffix(str(path)))) for path in files
+                (path.name, _decode(path.read_bytes(), _checked_suffix(str(path)), animated)) for path in files
             ]
-    return _table(str(root), found)
+    return _table(str(root), found, animated)
 
 
 def _checked_suffix(name: str) -> str:
@@ -147,7 +155,7 @@ def _read_archive(path: Path) -> ImageTable:
     """Read an archive member by member in memory: as nothing is unpacked, no member can land outside a folder."""
     if not path.name.lower().endswith(ARCHIVE_SUFFIXES):
         raise InputError(f"{path}: neither a folder nor an archive; an archive ends in {', '.join(ARCHIVE_SUFFIXES)}")
-    batches, found, depth = {}, defaultdict(list), None
+    batches, found, animated, depth = {}, defaultdict(list), [], None
     known_batches = {"batches.meta", *BATCH_FILES["train"], *BATCH_FILES["test"]}
     try:
         for member, data in _zip_members(path) if path.suffix.lower() == ".zip" else _tar_members(path):
@@ -166,7 +174,7 @@ def _read_archive(path: Path) -> ImageTable:
             name = f"{path}: {member}"
             if len(parts) != depth + 3:
                 raise InputError(f"{name}: images must lie at train/<class>/ and test/<class>/")
-            images.append((member.name, _decode(data, _checked_suffix(name))))
+            images.append((member.name, _decode(data, _checked_suffix(name), animated)))
     except (tarfile.TarError, zipfile.BadZipFile, zlib.error, LZMAError, EOFError, RuntimeError) as e:
         reason = str(e).partition(":\n")[0]  # tarfile goes on with what each of its formats says
         raise InputError(f"{path}: a damaged or locked archive ({reason}); fetch it again") from e
@@ -174,7 +182,7 @@ def _read_archive(path: Path) -> ImageTable:
         return _read_batches(str(path), batches)
     if not found:
         raise InputError(f"{path}: holds neither train/<class>/ and test/<class>/ images nor CIFAR-10's batch files")
-    return _table(str(path), found)
+    return _table(str(path), found, animated)
 
 
 def _checked_member(path: Path, name: str, size: int, special: bool) -> PurePosixPath:
@@ -251,7 +259,7 @@ def _read_batches(where: str, files: dict[str, bytes]) -> ImageTable:
     return replace(_table(where, found), stats=CIFAR10_STATS)
 
 
-def _table(name: str, found: Found) -> ImageTable:
+def _table(name: str, found: Found, animated: Sequence[str] = ()) -> ImageTable:
     """Check the classes and put all images into one array, ordered by split, class and file name."""
     classes = {split: {c for s, c in found if s == split} for split in SPLITS}
     for split, other in (SPLITS, SPLITS[::-1]):
@@ -268,4 +276,12 @@ def _table(name: str, found: Found) -> ImageTable:
     counts = [len(found[key]) for key in keys]
     labels = np.repeat([names.index(c) for _, c in keys], counts)
     is_train = np.repeat([split == "train" for split, _ in keys], counts)
-    return ImageTable(name, tuple(names), images, labels, is_train, rows=np.arange(len(images)))
+    notes = []
+    if animated:
+        others = f", and of {len(animated) - 1} others" if len(animated) > 1 else ""
+        notes.append(f"{animated[0]}: animated; its first frame is taken{others}")
+    digests = np.array([hashlib.blake2b(image.tobytes(), digest_size=8).digest() for image in images])
+    if twice := int(np.isin(digests[~is_train], digests[is_train]).sum()):
+        notes.append(f"{twice} of {(~is_train).sum()} test images are among the training images; the accuracy flatters")
+    rows = np.arange(len(images))
+    return ImageTable(name, tuple(names), images, labels, is_train, rows, notes=tuple(notes))

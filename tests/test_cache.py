@@ -21,7 +21,7 @@ from sources import load_images
 def decodings(monkeypatch):
     """The names of the images that were decoded."""
     names, decode = [], sources._decode
-    monkeypatch.setattr(sources, "_decode", lambda data, name: names.append(name) or decode(data, name))
+    monkeypatch.setattr(sources, "_decode", lambda data, name, *rest: names.append(name) or decode(data, name, *rest))
     return names
 
 

@@ -13,7 +13,7 @@ import torch
 from fastai.data.external import fastai_cfg
 from PIL import Image
 
-from data import get_dls
+from data import get_dls, rgb_image
 from errors import InputError
 from images import ImageTable
 from sources import CIFAR10_STATS, load_images
@@ -109,6 +109,55 @@ def test_other_sizes_modes_and_suffixes_become_32x32_rgb(image_folder):
     assert table.images.shape == (14, 32, 32, 3)
     assert (table.images[4] == 200).all(), "grey.png, sorted after 000.JPG to 003.JPG"
     assert (table.images[5] == 100).all(), "rgba.png"
+
+
+def test_every_kind_of_pixel_is_converted(image_folder):
+    root = image_folder(train=0)
+    grey = np.arange(1024, dtype=np.uint16).reshape(32, 32) * 64
+    rgb = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
+    images = {
+        "1.png": rgb.convert("1"),
+        "16bit.png": Image.fromarray(grey),
+        "cmyk.jpg": rgb.convert("CMYK"),
+        "grey-alpha.png": rgb.convert("LA"),
+        "palette.png": rgb.convert("P"),
+    }
+    for name, image in images.items():
+        image.save(root / "train/cat" / name)
+    rgb.save(root / "train/dog/rgb.png")
+    table = load_images(root)
+    assert (table.images[1] == (grey >> 8)[..., None]).all(), "not cut off at 255"
+    for row, name in ((0, "1.png"), (3, "grey-alpha.png"), (4, "palette.png")):
+        assert np.array_equal(table.images[row], np.asarray(images[name].convert("RGB"))), name
+    assert np.array_equal(rgb_image(root / "train/cat/16bit.png"), table.images[1]), "predict sees the same"
+
+
+def test_of_an_animated_image_the_first_frame_is_taken_with_a_warning(image_folder, capsys):
+    root = image_folder()
+    frames = [Image.new("RGB", (32, 32), colour) for colour in ("red", "blue")]
+    for name in ("a.png", "b.png"):
+        frames[0].save(root / "train/cat" / name, save_all=True, append_images=frames[1:])
+    for _ in range(2):
+        table = load_images(root)
+        assert (table.images[4] == (255, 0, 0)).all()
+        line = f"warning: images: {root / 'train/cat/a.png'}: animated; its first frame is taken, and of 1 others\n"
+        assert capsys.readouterr().err == line, "from the cache, too"
+
+
+def test_test_images_that_are_training_images_are_counted(image_folder, capsys):
+    root = image_folder()
+    for name in ("copy1.png", "copy2.png"):
+        (root / "test/dog" / name).write_bytes((root / "train/cat/000.png").read_bytes())
+    load_images(root)
+    assert "warning: images: 2 of 6 test images are among the training images" in capsys.readouterr().err
+
+
+def test_a_huge_image_is_refused_before_it_fills_the_memory(image_folder):
+    root = image_folder()
+    for name, side in (("a.png", 30_000), ("b.png", 9_000)):
+        Image.new("1", (side, side)).save(root / "train/cat" / name)
+        assert f"{name}: not a readable image" in refusal(root)
+        (root / "train/cat" / name).unlink()
 
 
 @pytest.mark.parametrize("name", ["a.tgz", "a.tar.gz", "a.tar.xz", "a.zip"])
