@@ -25,7 +25,7 @@ from run import locked
 from train_fastai import main
 
 SMALL = {"data": "digits", "bs": 128, "width": 2, "epochs": 3, "lr": "0.05", "device": "cpu", "no_lr_find": True}
-KILLS = int(os.environ.get("KILLS", "3"))
+KILLS = int(os.environ.get("KILLS", "1"))
 
 
 def outcome(run):
@@ -70,17 +70,18 @@ def stop_at(monkeypatch):
     return stop
 
 
-@pytest.mark.parametrize(
-    ("recipe", "workers"),
-    [("fast", 0), ("fast", 2), ("plateau", 2), *((name, 0) for name in RECIPES if name != "fast")],
-)
+# ALL=1 tries every recipe, which takes minutes
+RUNS = [("fast", 2), ("plateau", 0)] + [(name, n) for name in RECIPES for n in (0, 2) if os.environ.get("ALL")]
+
+
+@pytest.mark.parametrize(("recipe", "workers"), RUNS)
 def test_resumed_is_as_never_stopped(tmp_path, capsys, stop_at, recipe, workers):
     """Stopped in the first batch of an epoch, in a later one, and while it validates; CutMix draws at every batch."""
     options = SMALL | {"recipe": recipe, "workers": workers, "cutmix": 1.0}
     main(**options, out=str(tmp_path / "whole"))
     run = tmp_path / "stopped"
     options["out"] = str(run)
-    for place in ((0, 3), (0, 0), (1, 2, False)):
+    for place in ((0, 3), (1, 2, False)):
         stop_at(*place)
         with pytest.raises(
             Stopped, match=r"stopped by a test in epoch .* go on with: python train_fastai.py --resume "
@@ -149,11 +150,11 @@ def command(*arguments, limit=resource.RLIM_INFINITY):
     ("number", "code", "words"), [(signal.SIGINT, 130, "by Ctrl-C"), (signal.SIGTERM, 143, "by SIGTERM")]
 )
 def test_a_signal_stops_after_the_batch(tmp_path, capsys, number, code, words):
-    options = {"--recipe": "demo", "--width": 2, "--epochs": 8, "--device": "cpu", "--workers": 2}
+    options = {"--recipe": "demo", "--width": 2, "--epochs": 6, "--device": "cpu", "--workers": 2}
     start = [word for option in options.items() for word in option]
     process = command(*start, "--no-lr-find", "--out", tmp_path / "run")
     for line in process.stdout:
-        if line.startswith("epoch   1/8"):
+        if line.startswith("epoch   1/6"):
             break
     os.killpg(process.pid, number)  # as a terminal and a cluster do: its workers get it too
     _, errors = process.communicate(timeout=60)
@@ -163,13 +164,15 @@ def test_a_signal_stops_after_the_batch(tmp_path, capsys, number, code, words):
     assert errors.count("\n") == 1
     assert not [name for name in names(tmp_path / "run") if name.startswith(".")], "nothing half-written"
 
+    if number == signal.SIGINT:
+        return  # once is enough
     main(resume=str(tmp_path / "run"))
     main(**{name[2:]: value for name, value in options.items()}, no_lr_find=True, out=str(tmp_path / "whole"))
     assert same(outcome(tmp_path / "run"), outcome(tmp_path / "whole"))
 
 
 def test_killed_at_any_moment(tmp_path, capsys):
-    options = ["--recipe", "demo", "--width", 2, "--epochs", 6, "--device", "cpu", "--out", tmp_path / "run"]
+    options = ["--recipe", "demo", "--width", 2, "--epochs", 4, "--device", "cpu", "--out", tmp_path / "run"]
     options += ["--resume", "auto"]
     rng = random.Random(0)
     survived = 0
@@ -186,7 +189,7 @@ def test_killed_at_any_moment(tmp_path, capsys):
     process = command(*options)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
-    main(recipe="demo", width=2, epochs=6, device="cpu", out=str(tmp_path / "whole"))
+    main(recipe="demo", width=2, epochs=4, device="cpu", out=str(tmp_path / "whole"))
     assert same(outcome(tmp_path / "run"), outcome(tmp_path / "whole"))
 
 
@@ -199,7 +202,7 @@ def test_max_minutes_is_no_failure(tmp_path, capsys):
 # Faults
 
 
-@pytest.mark.parametrize("limit", [200, 60_000, 110_000, 200_000])  # bytes: a file, a picture, weights, a checkpoint
+@pytest.mark.parametrize("limit", [200_000])  # bytes: less than a checkpoint has; 60,000 is less than a picture has
 def test_a_full_disk_is_one_line_and_nothing_half_written(tmp_path, capsys, limit):
     options = ["--recipe", "demo", "--width", 4, "--epochs", 2, "--device", "cpu", "--out", tmp_path / "run"]
     main(recipe="demo", width=4, epochs=2, device="cpu", out=str(tmp_path / "whole"))  # the images are in the cache now
@@ -269,24 +272,18 @@ def stopped(tmp_path, capsys, stop_at):
     return tmp_path / "run"
 
 
-@pytest.mark.parametrize(
-    ("options", "expected"),
-    [
-        (
-            {"epochs": 5},
-            "--epochs 5: .* was started with 3; the learning rates of all epochs depend on it; leave it out",
-        ),
+def test_another_setting_is_refused(stopped):
+    for options, expected in (
+        ({"epochs": 5}, "--epochs 5: .* started with 3; the learning rates of all epochs depend on it; leave it out"),
         ({"lr": "0.1"}, "--lr 0.1: .* was started with 0.05"),
         ({"seed": 1}, "--seed 1: .* was started with 0"),
         ({"recipe": "seed"}, "--recipe seed: .* was started with demo"),
         ({"wd": 0.1}, "--wd 0.1: .* was started with 0.0005"),
         ({"tta": True}, "--tta True: .* was started with False"),
         ({"out": "elsewhere"}, "--out elsewhere: a resumed run goes on in its own folder"),
-    ],
-)
-def test_another_setting_is_refused(stopped, options, expected):
-    with pytest.raises(InputError, match=expected):
-        main(resume=str(stopped), **options)
+    ):
+        with pytest.raises(InputError, match=expected):
+            main(resume=str(stopped), **options)
 
 
 def test_the_same_setting_and_another_number_of_workers_are_not(stopped, capsys):
@@ -325,15 +322,18 @@ def flip(path):
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize("harm", [cut, flip, lambda path: path.write_bytes(b""), lambda path: path.write_text("words")])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_serves(stopped, tmp_path, capsys, harm):
-    main(**SMALL, recipe="demo", out=str(tmp_path / "whole"))
-    harm(stopped / "checkpoint.pth")
-    with pytest.raises(InputError, match=r"checkpoint\.pth: damaged, delete it to go on from the one before") as e:
-        main(resume=str(stopped))
-    assert "\n" not in str(e.value)
-    (stopped / "checkpoint.pth").unlink()
+def test_a_damaged_checkpoint_is_named_and_the_one_before_serves(stopped, tmp_path, capsys):
+    path, content = stopped / "checkpoint.pth", (stopped / "checkpoint.pth").read_bytes()
+    for harm in (cut, flip, lambda path: path.write_bytes(b""), lambda path: path.write_text("words")):
+        path.unlink()
+        path.write_bytes(content)
+        harm(path)
+        with pytest.raises(InputError, match=r"checkpoint\.pth: damaged, delete it to go on from the one before") as e:
+            load_checkpoint(stopped)
+        assert "\n" not in str(e.value)
+    path.unlink()
     main(resume=str(stopped))
+    main(**SMALL, recipe="demo", out=str(tmp_path / "whole"))
     assert same(outcome(stopped), outcome(tmp_path / "whole"))
 
 
