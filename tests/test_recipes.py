@@ -90,8 +90,8 @@ def test_plateau_keeps_the_rate_while_the_loss_falls(tmp_path):
     assert set(learn.recorder.lrs) == {1e-20}
 
 
-@pytest.mark.parametrize("name", set(RECIPES) - {"demo"})
-def test_every_recipe_trains_by_name(tmp_path, capsys, name):
+@pytest.mark.parametrize("name", ["seed", "plateau", "cyclic", "best"])
+def test_a_recipe_trains_by_name(tmp_path, capsys, name):
     out = tmp_path / name
     main(recipe=name, data="digits", width=2, epochs=1, bs=256, device="cpu", no_lr_find=True, out=str(out))
     config = json.loads((out / "config.json").read_text())
