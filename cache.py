@@ -26,8 +26,8 @@ def cache_root() -> Path:
 def decoded(path: Path, read: Callable[[Path], ImageTable]) -> ImageTable:
     """What `read` makes of the file or folder `path`, from the cache where neither has changed since.
 
-    A change is told by the names, sizes and modification times of all files. If nothing can be kept, a line on stderr
-    says so.
+    A change is told by the names, sizes and modification times of all files that are not hidden. If nothing can be
+    kept, a line on stderr says so.
     """
     name = path.resolve().name
     entry = cache_root() / f"{name[:50]}-{_key(path)}"
@@ -50,7 +50,7 @@ def _key(path: Path) -> str:
 
     def add(folder: str, depth: int) -> None:
         with os.scandir(folder) as entries:
-            for entry in sorted(entries, key=lambda e: e.name):
+            for entry in sorted((e for e in entries if not e.name.startswith(".")), key=lambda e: e.name):
                 info = entry.stat()
                 line = f"{entry.path}\0{info.st_size}\0{info.st_mtime_ns}\n"
                 digest.update(line.encode(errors="surrogateescape"))

@@ -11,7 +11,9 @@ class InputError(ValueError):
     """Something the user gave cannot be used. The message is one line: the thing at fault, and what to do."""
 
     def __init__(self, message: str):
-        super().__init__(" ".join(message.split()))  # a library's words in it can have several lines
+        line = " ".join(message.split())  # a library's words in it can have several lines
+        # A file's name can hold what moves the cursor of a terminal, or what no terminal can show.
+        super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line))
 
 
 class Stopped(Exception):

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import os
 import shlex
 from collections.abc import Callable
 from dataclasses import fields
@@ -70,7 +71,7 @@ def resumed(func: Callable, given: dict) -> tuple[Path | None, dict]:
             raise KeyError
     except OSError as e:
         raise InputError(f"--resume {run}: there is no run to go on with, no config.json ({e.strerror})") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise InputError(f"{run}/config.json: not that of a run of this version of the project") from None
     free = ("resume", "out", "runs", "device", "workers", "max_minutes")  # change nothing in what is learned
     now = {name: value for name, value in given.items() if value != defaults(func)[name]}
@@ -107,6 +108,22 @@ def get_device(name: str) -> "torch.device":
         there += ["mps"] if torch.backends.mps.is_available() else []
         raise InputError(f"--device {name}: no such device here; this machine has {', '.join(there)}") from None
     return torch.device("cuda", torch.cuda.current_device()) if name == "cuda" else device
+
+
+def set_deterministic(on: bool, device: "torch.device") -> None:
+    """Have torch use nothing that can give two results. On a CPU a training has no such thing.
+
+    Raises InputError for a device on which torch cannot.
+    """
+    import torch
+
+    if on and device.type == "mps":
+        raise InputError("--deterministic: torch has no deterministic max-pooling on mps; leave it out")
+    if on:
+        os.environ.setdefault(
+            "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+        )  # with streams, cuBLAS sums in a changing order else
+    torch.use_deterministic_algorithms(on and device.type == "cuda")
 
 
 def check_compiler(device: "torch.device") -> None:

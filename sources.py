@@ -3,23 +3,20 @@
 import hashlib
 import io
 import pickle
-import stat
 import sys
-import tarfile
 import threading
+import unicodedata
 import urllib.request
-import zipfile
-import zlib
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import replace
-from lzma import LZMAError
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from archives import MAX_MEMBER, members
 from cache import decoded
 from errors import InputError
 from images import SIZE, ImageTable, to_rgb
@@ -27,8 +24,8 @@ from images import SIZE, ImageTable, to_rgb
 CIFAR10_STATS = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))  # of the 50,000 training images, range 0..1
 SPLITS = ("train", "test")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
-ARCHIVE_SUFFIXES = (".tgz", ".tar.gz", ".tar.xz", ".zip")
-MAX_MEMBER = 64 * 2**20  # bytes; an official batch file has 31 MB, so that more than this is no part of a data set
+# By content, as a name is often wrong. Pillow reads dozens, some of which (EPS) run other programs.
+IMAGE_FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP")
 BATCH_FILES = {
     "train": [f"data_batch_{i}" for i in range(1, 6)],
     "test": ["test_batch"],
@@ -68,7 +65,7 @@ def load_images(source: str | Path | ImageTable) -> ImageTable:
 def _decode(data: bytes, name: str, animated: list[str]) -> np.ndarray:
     """The pixels; the name is noted in `animated` where there are more frames than the one."""
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
             if getattr(image, "n_frames", 1) > 1:
                 animated.append(name)
             return to_rgb(image)
@@ -88,7 +85,7 @@ def _download_cifar10() -> Path:
     try:
         with quiet:
             return untar_data(URLs.CIFAR)
-    except (OSError, tarfile.TarError, EOFError) as e:
+    except Exception as e:  # fastdownload raises that very class for a wrong checksum
         raise InputError(f"the download of CIFAR-10 failed ({e}); pass --data PATH or --data digits") from e
 
 
@@ -139,10 +136,17 @@ def _read_folder(root: Path) -> ImageTable:
             if not folder.is_dir():
                 raise InputError(f"{folder}: a file where the folder of a class should be; remove it")
             files = sorted(p for p in folder.iterdir() if not p.name.startswith("."))
-            found[split, folder.name] = [
-                (path.name, _decode(path.read_bytes(), _checked_suffix(str(path)), animated)) for path in files
-            ]
+            found[split, folder.name] = [(path.name, _decode(*_content(path), animated)) for path in files]
     return _table(str(root), found, animated)
+
+
+def _content(path: Path) -> tuple[bytes, str]:
+    name = _checked_suffix(str(path))
+    if not path.is_file():  # to read a pipe would wait for ever
+        raise InputError(f"{name}: not a file; images must lie at train/<class>/ and test/<class>/")
+    if path.stat().st_size > MAX_MEMBER:
+        raise InputError(f"{name}: {path.stat().st_size:,} bytes, more than any image here has; remove it")
+    return path.read_bytes(), name
 
 
 def _checked_suffix(name: str) -> str:
@@ -152,62 +156,30 @@ def _checked_suffix(name: str) -> str:
 
 
 def _read_archive(path: Path) -> ImageTable:
-    """Read an archive member by member in memory: as nothing is unpacked, no member can land outside a folder."""
-    if not path.name.lower().endswith(ARCHIVE_SUFFIXES):
-        raise InputError(f"{path}: neither a folder nor an archive; an archive ends in {', '.join(ARCHIVE_SUFFIXES)}")
     batches, found, animated, depth = {}, defaultdict(list), [], None
     known_batches = {"batches.meta", *BATCH_FILES["train"], *BATCH_FILES["test"]}
-    try:
-        for member, data in _zip_members(path) if path.suffix.lower() == ".zip" else _tar_members(path):
-            parts = member.parts
-            if data is not None and member.name in known_batches:
-                batches[member.name] = data
-            if depth is None:  # the first train or test folder tells how deep the layout starts
-                depth = next((i for i, part in enumerate(parts) if part in SPLITS), None)
-            if depth is None or len(parts) < depth + 2 or parts[depth] not in SPLITS:
-                continue  # a read-me, a list of labels
-            if any(part.startswith(".") for part in parts[depth + 1 :]):
-                continue  # .DS_Store and its like
-            images = found[parts[depth], parts[depth + 1]]  # also for a folder, so that an empty class is seen
-            if data is None:
-                continue
-            name = f"{path}: {member}"
-            if len(parts) != depth + 3:
-                raise InputError(f"{name}: images must lie at train/<class>/ and test/<class>/")
-            images.append((member.name, _decode(data, _checked_suffix(name), animated)))
-    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, LZMAError, EOFError, RuntimeError) as e:
-        reason = str(e).partition(":\n")[0]  # tarfile goes on with what each of its formats says
-        raise InputError(f"{path}: a damaged or locked archive ({reason}); fetch it again") from e
+    for member, data in members(path):
+        parts = member.parts
+        if data is not None and member.name in known_batches:
+            batches[member.name] = data
+        if depth is None:  # the first train or test folder tells how deep the layout starts
+            depth = next((i for i, part in enumerate(parts) if part in SPLITS), None)
+        if depth is None or len(parts) < depth + 2 or parts[depth] not in SPLITS:
+            continue  # a read-me, a list of labels
+        if any(part.startswith(".") for part in parts[depth + 1 :]):
+            continue  # .DS_Store and its like
+        images = found[parts[depth], parts[depth + 1]]  # also for a folder, so that an empty class is seen
+        if data is None:
+            continue
+        name = f"{path}: {member}"
+        if len(parts) != depth + 3:
+            raise InputError(f"{name}: images must lie at train/<class>/ and test/<class>/")
+        images.append((member.name, _decode(data, _checked_suffix(name), animated)))
     if batches:
         return _read_batches(str(path), batches)
     if not found:
         raise InputError(f"{path}: holds neither train/<class>/ and test/<class>/ images nor CIFAR-10's batch files")
     return _table(str(path), found, animated)
-
-
-def _checked_member(path: Path, name: str, size: int, special: bool) -> PurePosixPath:
-    member = PurePosixPath(name.replace("\\", "/"))
-    if member.is_absolute() or ".." in member.parts or special:
-        raise InputError(f"{path}: member {name!r} is a link or points outside the archive; refused")
-    if size > MAX_MEMBER:
-        raise InputError(f"{path}: member {name!r} has {size:,} bytes, more than any image here; refused")
-    return member
-
-
-def _tar_members(path: Path) -> Iterator[tuple[PurePosixPath, bytes | None]]:
-    """(name, content) in stored order, content None for a folder: one pass, as a compressed file cannot seek."""
-    with tarfile.open(path, "r:*") as archive:
-        for info in archive:
-            member = _checked_member(path, info.name, info.size, special=not (info.isfile() or info.isdir()))
-            yield member, archive.extractfile(info).read() if info.isfile() else None
-
-
-def _zip_members(path: Path) -> Iterator[tuple[PurePosixPath, bytes | None]]:
-    with zipfile.ZipFile(path) as archive:
-        for info in archive.infolist():
-            is_link = stat.S_ISLNK(info.external_attr >> 16)
-            member = _checked_member(path, info.filename, info.file_size, special=is_link)
-            yield member, None if info.is_dir() else archive.read(info)
 
 
 class _ArrayUnpickler(pickle.Unpickler):
@@ -268,6 +240,9 @@ def _table(name: str, found: Found, animated: Sequence[str] = ()) -> ImageTable:
     names = sorted(classes["train"])
     if len(names) < 2:
         raise InputError(f"{name}: {len(names)} class in it; at least two are needed")
+    for c in names:
+        if any(unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") for char in c):
+            raise InputError(f"{name}: class {c!r}: its name is not one line of text; rename the folder")
     keys = [(split, c) for split in SPLITS for c in names]
     for split, c in keys:
         if not found[split, c]:

@@ -24,7 +24,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated
 
 from errors import InputError, Stopped, run_command
-from options import check_compiler, command_line, defaults, get_device, recipe_of, resumed
+from options import check_compiler, command_line, defaults, get_device, recipe_of, resumed, set_deterministic
 from recipes import RECIPES, Recipe, get_recipe, recipe_table
 
 if TYPE_CHECKING:
@@ -69,7 +69,8 @@ def get_learner(dls: "DataLoaders", recipe: str | Recipe = "fast", norm: str = "
     if recipe.cutmix:
         cbs.append(CutMix(recipe.cutmix))
     if dls.device.type == "cuda":
-        torch.backends.cudnn.benchmark = True  # batches have one shape: cuDNN tries its ways once, keeps the best
+        # Batches have one shape: cuDNN tries its ways once and keeps the best, which is not always the same one.
+        torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
         # Volta and Turing only emulate bf16. Compute capability 8.0, Ampere, has it.
         has_bf16 = torch.cuda.get_device_capability(dls.device) >= (8, 0)
         cbs.append(MixedPrecision(AMPMode.BF16 if has_bf16 else AMPMode.FP16))
@@ -113,6 +114,7 @@ def main(
     max_minutes: float = None,  # Stop after so many minutes of training, with a checkpoint to go on from
     tta: bool = False,  # At the end test on each image together with its mirror image, too
     compile: bool = False,  # Compile the network with torch.compile: about a minute more before the first step
+    deterministic: bool = False,  # On CUDA the same weights twice, a little slower; on a CPU that is always so
     lr_find_only: bool = False,  # Stop after the range test
     no_lr_find: bool = False,  # Train without a range test
     list_recipes: bool = False,  # Print all recipes and stop
@@ -150,7 +152,7 @@ def _train(options: SimpleNamespace, settings: Recipe, run: Path | None) -> dict
     from callbacks import tta_accuracy
     from checkpoint import Checkpoint, faults_explained, load_checkpoint, remove_checkpoints, signals
     from data import get_dls
-    from export import export
+    from export import export, save_safetensors
     from lr_finder import RangeTest, range_test, undisturbed
     from report import save_augmentations, save_history, save_lr_find
     from run import (
@@ -173,6 +175,7 @@ def _train(options: SimpleNamespace, settings: Recipe, run: Path | None) -> dict
         print(f"finished     {run}: {result['last_accuracy']:.2%} accuracy after {result['epochs']} epochs")
         return result
     device = get_device(options.device)
+    set_deterministic(options.deterministic, device)
     if options.compile:
         check_compiler(device)
     dls = get_dls(
@@ -186,7 +189,7 @@ def _train(options: SimpleNamespace, settings: Recipe, run: Path | None) -> dict
         **asdict(settings),
         "lr": options.lr if options.lr == "auto" else settings.lr,
         "schedule": str(settings.schedule),
-        **{name: getattr(options, name) for name in ("norm", "seed", "valid", "compile")},
+        **{name: getattr(options, name) for name in ("norm", "seed", "valid", "compile", "deterministic")},
     }
     config = describe(learn, asked) | {
         "arguments": {name: str(v) if isinstance(v, Path) else v for name, v in vars(options).items()}
@@ -254,6 +257,7 @@ def _train(options: SimpleNamespace, settings: Recipe, run: Path | None) -> dict
             "seconds": round(perf_counter() - started, 2),
             "history": log.history,
         }
+        save_safetensors(learn, run / "model.safetensors", result)
         write_json(run / "result.json", result)
         remove_checkpoints(run)
     mirrored = f"with TTA     {averaged:.2%}, averaged over each image and its mirror image\n" if options.tta else ""
@@ -261,7 +265,7 @@ def _train(options: SimpleNamespace, settings: Recipe, run: Path | None) -> dict
     print(f"""
 last epoch   {last["valid_accuracy"]:.2%} accuracy on the validation set, {held_out}
 {mirrored}best epoch   {best["valid_accuracy"]:.2%} in epoch {best["epoch"]}, chosen on the validation set, so a little too good to quote
-run folder   {run}: the pictures, history.csv, result.json, models/last.pth, models/best.pth, and export.pkl from the last epoch
+run folder   {run}: the pictures, history.csv, result.json, models/last.pth, models/best.pth, and export.pkl and model.safetensors from the last epoch
 
 use it       python -c "from fastai.learner import load_learner; print(load_learner('{run}/export.pkl').predict('IMAGE.png'))"
 again        {command_line(main, vars(options), seed=options.seed + 1, out=None, resume=None, max_minutes=None)}""")

@@ -16,6 +16,7 @@ from ways import BS, documented, erasing, noise, torchvision_loader
 
 from data import get_dls
 from model import CustomResNet
+from options import set_deterministic
 from recipes import get_recipe
 from run import RunLog
 from train_fastai import get_learner
@@ -97,6 +98,20 @@ def steps(device: torch.device, width: int, images: int, rounds: int, compiled: 
             learn.model.compile()
         return lambda: fit(learn, RunLog())
 
+    def repeatable():
+        epoch = ours()
+
+        def deterministic():
+            set_deterministic(True, device)
+            torch.backends.cudnn.benchmark = False  # as get_learner has it then
+            try:
+                return epoch()
+            finally:
+                set_deterministic(False, device)
+                torch.backends.cudnn.benchmark = True
+
+        return deterministic
+
     dls = get_dls(table, device=device)
     ways = {BARE: hand_written(fixed), BY_HAND: hand_written(lambda: dls.train), OURS: ours()}
     if compiled:
@@ -108,6 +123,7 @@ def steps(device: torch.device, width: int, images: int, rounds: int, compiled: 
         usual = documented(table, transforms_as_documented(), workers, device)
         learn = Learner(usual, CustomResNet(width=width), metrics=accuracy, path=folder.name).to_fp16()
         ways |= {
+            f"{OURS}, deterministic": repeatable(),
             "peer: hand-written loop, torchvision's loader": hand_written(lambda: plain),
             "peer: the same with RandomErasing": hand_written(lambda: erased),
             "peer: fastai's Learner, its loader as documented": lambda: fit(learn),
@@ -134,6 +150,8 @@ def summary(rows: list[dict]) -> str:
         f"{best[OURS] / best[BARE]:.3f} x the bare network's",
         *(f"{name}: {best[name] / best[OURS]:.2f} x our Learner" for name in best if name.startswith("peer")),
     ]
+    if f"{OURS}, deterministic" in best:
+        lines.append(f"--deterministic: {best[f'{OURS}, deterministic'] / best[OURS]:.2f} x the time")
     if f"{OURS}, compiled" in best:
         lines.append(f"compiled: {best[OURS] / best[f'{OURS}, compiled']:.2f} x as fast, first epoch left out")
     return "\n".join(lines)

@@ -32,6 +32,7 @@ ABLATION = {
     "cutout 12x12": {"cutout": 12},
     "pad 2": {"pad": 2},
     "CutMix": {"cutmix": 1.0},
+    "batches of 256": {"bs": 256, "lr": "0.2"},
 }
 
 

@@ -1,8 +1,13 @@
 """What the tests share: small image folders, a small trained learner, and the command as a user runs it."""
 
+import io
 import os
+import pickle
+import struct
 import subprocess
 import sys
+import tarfile
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +15,7 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
+CIFAR_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
 
 @pytest.fixture(autouse=True)
@@ -35,6 +41,50 @@ def image_folder(tmp_path):
         return root
 
     return make
+
+
+class Python2Pickler(pickle._Pickler):
+    """Writes bytes as Python 2 wrote its strings, as in the official batch files."""
+
+    dispatch = dict(pickle._Pickler.dispatch)
+
+    def save_bytes(self, obj):
+        self.write(pickle.BINSTRING + struct.pack("<i", len(obj)) + obj)
+
+    dispatch[bytes] = save_bytes
+
+
+def python2_pickle(obj):
+    file = io.BytesIO()
+    Python2Pickler(file, protocol=2).dump(obj)
+    return file.getvalue().replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
+
+
+@pytest.fixture
+def batches(tmp_path):
+    """The official layout with 4 images of each class a file."""
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for name in [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]:
+        data = rng.integers(0, 256, (40, 3072), dtype=np.uint8)
+        labels = rng.permutation(np.repeat(range(10), 4)).tolist()
+        (folder / name).write_bytes(python2_pickle({b"data": data, b"labels": labels, b"batch_label": b"some"}))
+    (folder / "batches.meta").write_bytes(python2_pickle({b"label_names": [c.encode() for c in CIFAR_CLASSES]}))
+    return folder
+
+
+def tar(path, mode, root):
+    with tarfile.open(path, mode) as archive:
+        archive.add(root, arcname="top/inner")
+    return path
+
+
+def zipped(path, root):
+    with zipfile.ZipFile(path, "w") as archive:
+        for file in sorted(root.rglob("*")):
+            archive.write(file, file.relative_to(root))
+    return path
 
 
 @pytest.fixture
