@@ -1,11 +1,10 @@
 """Archives of strangers, read member by member in memory: as nothing is unpacked, nothing can land outside a folder."""
 
+import errno
 import stat
 import tarfile
 import zipfile
-import zlib
 from collections.abc import Iterator
-from lzma import LZMAError
 from pathlib import Path, PurePosixPath
 
 from errors import InputError
@@ -13,7 +12,6 @@ from errors import InputError
 SUFFIXES = (".tgz", ".tar.gz", ".tar.xz", ".zip")
 MAX_MEMBER = 64 * 2**20  # bytes; an official batch file has 31 MB, so that more than this is no part of a data set
 MAX_RATIO = 200  # bytes out of an archive for each in it; images hardly shrink, and zeros a thousandfold
-DAMAGED = (tarfile.TarError, zipfile.BadZipFile, zlib.error, LZMAError, EOFError, RuntimeError, UnicodeError)
 
 
 def members(path: Path) -> Iterator[tuple[PurePosixPath, bytes | None]]:
@@ -31,7 +29,11 @@ def members(path: Path) -> Iterator[tuple[PurePosixPath, bytes | None]]:
             if total > most:
                 raise InputError(f"{path}: unpacks to more than {MAX_RATIO} times its size, as no images do; refused")
             yield member, data
-    except DAMAGED as e:
+    except InputError:
+        raise
+    except Exception as e:  # a damaged archive can make anything of Python's readers
+        if isinstance(e, OSError) and e.errno not in (None, errno.EINVAL):  # None is gzip's own, EINVAL a wrong offset
+            raise
         reason = str(e).partition(":\n")[0]  # tarfile goes on with what each of its formats says
         raise InputError(f"{path}: a damaged or locked archive ({reason}); fetch it again") from e
 

@@ -14,12 +14,14 @@ import numpy as np
 import torch
 from fastai.callback.core import Callback, CancelFitException
 from fastai.torch_core import get_random_states, set_random_states
+from torch import nn
 
 from errors import InputError
 from run import complete
 
 NAME, BEFORE = "checkpoint.pth", "checkpoint-before.pth"
 FORMAT = 1  # changes with what is in the file
+KEYS = {"format", "epoch", "batch", "pct_train", "model", "opt", "scaler", "callbacks", "random", "loader"}
 
 
 class Checkpoint(Callback):
@@ -117,8 +119,11 @@ class Checkpoint(Callback):
                     os.link(path, before)
 
 
-def load_checkpoint(run: Path) -> dict | None:
-    """The state in the run's last checkpoint, None if there is none yet. Raises InputError where it is damaged."""
+def load_checkpoint(run: Path, model: nn.Module) -> dict | None:
+    """The state in the run's last checkpoint, None if there is none yet.
+
+    Raises InputError where it is damaged, or that of another network than `model`.
+    """
     for name, remedy in ((NAME, f"delete it to go on from the one before, {run / BEFORE}"), (BEFORE, "start anew")):
         path = run / name
         if not path.exists():
@@ -131,10 +136,16 @@ def load_checkpoint(run: Path) -> dict | None:
         except Exception as e:  # whatever a damaged file makes of torch's reader
             remedy = remedy if name == BEFORE or (run / BEFORE).exists() else "delete it to start anew"
             raise InputError(f"{path}: damaged, {remedy} ({f'{type(e).__name__} {e}'.splitlines()[0][:80]})") from e
-        if not isinstance(state, dict) or state.get("format") != FORMAT:
+        if not isinstance(state, dict) or state.get("format") != FORMAT or state.keys() != KEYS:
             raise InputError(f"{path}: not a checkpoint of this version of the project")
+        if _shapes(state["model"]) != _shapes(model.state_dict()):
+            raise InputError(f"{path}: the checkpoint of another network")
         return state
     return None
+
+
+def _shapes(weights: dict) -> dict:
+    return {name: getattr(weight, "shape", None) for name, weight in weights.items()}
 
 
 @contextmanager

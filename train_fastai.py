@@ -226,7 +226,7 @@ def _train(options: SimpleNamespace, settings: Recipe, run: Path | None) -> dict
             if peak is None:
                 raise InputError("--lr auto: the range test's curve is too short for a suggestion; pass --lr NUMBER")
 
-        log, checkpoint = RunLog(), Checkpoint(load_checkpoint(run), options.max_minutes)
+        log, checkpoint = RunLog(), Checkpoint(load_checkpoint(run, learn.model), options.max_minutes)
         print(f"training     {settings.epochs} epochs, peak learning rate {peak:.3g}{checkpoint}")
         cbs = [*settings.schedule.callbacks(peak), log, checkpoint]
         with signals(checkpoint.ask_to_stop):

@@ -450,7 +450,7 @@ for name, spoil, expected in (
         (f"batch {name}", lambda f, content=content: (f / "test_batch").write_bytes(python2_pickle(content)), expected)
         for name, content, expected in (
             ("of another shape", {b"data": PIXELS[:, :100], b"labels": [0, 1]}, "test_batch does not hold"),
-            ("of floats", {b"data": PIXELS.astype(np.float32), b"labels": [0, 1]}, "test_batch does not hold"),
+            ("of floats", {b"data": PIXELS.astype(np.float32), b"labels": [0, 1]}, "its array is not one of uint8"),
             ("with a label less", {b"data": PIXELS, b"labels": [0]}, "test_batch does not hold"),
             ("with an eleventh label", {b"data": PIXELS, b"labels": [0, 10]}, "test_batch does not hold"),
             ("without pixels", {b"labels": [0]}, "test_batch does not hold"),
@@ -461,6 +461,18 @@ for name, spoil, expected in (
         "batch that runs code",
         lambda f: (f / "data_batch_2").write_bytes(pickle.dumps({"data": Evil(), "labels": []}, protocol=2)),
         "data_batch_2: not an official CIFAR-10 file (it asks for posix.mkdir, which no batch file needs)",
+    ),
+    (
+        "batch that makes numpy crash",  # a damaged dtype, which numpy's own reader does not survive
+        lambda f: (f / "test_batch").write_bytes((f / "test_batch").read_bytes().replace(b"NNNJ", b"MNNJ")),
+        "class 'bird' has no image in train",
+    ),
+    (
+        "meta with names that are no text",
+        lambda f: (f / "batches.meta").write_bytes(
+            python2_pickle({b"label_names": [b"bird\x95", *CIFAR_CLASSES[1:]]}),
+        ),
+        r"class 'bird\udc95': its name is not one line of text",
     ),
     (
         "meta without names",

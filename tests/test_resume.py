@@ -20,6 +20,7 @@ from fastai.callback.core import Callback
 import train_fastai
 from checkpoint import load_checkpoint
 from errors import InputError, Stopped
+from model import CustomResNet
 from recipes import RECIPES
 from run import locked
 from train_fastai import main
@@ -245,8 +246,9 @@ def test_a_loss_that_is_not_finite_says_where_and_keeps_what_was_good(tmp_path, 
     monkeypatch.setattr(train_fastai, "get_learner", lambda *args: real(*args, cbs=Wreck()))
     with pytest.raises(InputError, match=r"the training loss became nan in epoch 2, batch 5, learning rate 0\.0\d+: "):
         main(**SMALL, recipe="demo", out=str(tmp_path / "run"))
-    assert load_checkpoint(tmp_path / "run")["epoch"] == 1
-    assert all(torch.isfinite(weight).all() for weight in load_checkpoint(tmp_path / "run")["model"].values())
+    state = load_checkpoint(tmp_path / "run", CustomResNet(width=2))
+    assert state["epoch"] == 1
+    assert all(torch.isfinite(weight).all() for weight in state["model"].values())
 
 
 def test_too_little_memory_says_what_to_try(tmp_path, capsys, monkeypatch):
@@ -329,7 +331,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_serves(stopped, tmp_pa
         path.write_bytes(content)
         harm(path)
         with pytest.raises(InputError, match=r"checkpoint\.pth: damaged, delete it to go on from the one before") as e:
-            load_checkpoint(stopped)
+            load_checkpoint(stopped, CustomResNet(width=2))
         assert "\n" not in str(e.value)
     path.unlink()
     main(resume=str(stopped))
@@ -346,6 +348,22 @@ def test_a_checkpoint_runs_no_code(stopped, tmp_path):
     with pytest.raises(InputError, match=r"checkpoint\.pth: damaged"):
         main(resume=str(stopped))
     assert not (tmp_path / "evil").exists()
+
+
+def test_the_checkpoint_of_another_network_or_version_is_refused(stopped):
+    state = torch.load(stopped / "checkpoint.pth", weights_only=True)
+    for change, expected in (
+        ({"model": CustomResNet(width=3).state_dict()}, "the checkpoint of another network"),
+        ({"model": CustomResNet(width=2, norm="layer").state_dict()}, "the checkpoint of another network"),
+        ({"format": 0}, "not a checkpoint of this version of the project"),
+        ({"more": 1}, "not a checkpoint of this version of the project"),
+    ):
+        torch.save(state | change, stopped / "checkpoint.pth")
+        with pytest.raises(InputError, match=rf"checkpoint\.pth: {expected}$"):
+            main(resume=str(stopped))
+    torch.save([1], stopped / "checkpoint.pth")
+    with pytest.raises(InputError, match="not a checkpoint of this version"):
+        main(resume=str(stopped))
 
 
 def test_two_runs_never_share_a_folder(stopped):
