@@ -1,4 +1,4 @@
-"""The learning-rate range test: fastai's `lr_find`, with nothing disturbed and its suggestions kept.
+"""The learning-rate range test: fastai's `lr_find`, with nothing disturbed, its suggestions kept, and one of our own.
 
 Source: Smith, "Cyclical Learning Rates for Training Neural Networks" (2017), section 3.3.
 """
@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
 
+import numpy as np
 import torch
+from fastai.callback.core import Callback
 from fastai.callback.schedule import SuggestionMethod
 from fastai.callback.tracker import TerminateOnNaNCallback
 from fastai.learner import Learner
@@ -20,25 +22,34 @@ from fastai.torch_core import get_random_states, set_random_states
 
 from run import write_csv, write_json
 
-METHODS = ("valley", "slide", "minimum", "steep")
-DEFAULT = "valley"
+METHODS = ("edge", "valley", "slide", "minimum", "steep")  # all but the first are fastai's
+WINDOW = 4  # batches
 
 
 @dataclass(frozen=True)
 class RangeTest:
-    """Learning rates tried, the smoothed training loss at each, and what each method suggests (None: no answer)."""
+    """Learning rates tried, the training loss at each, plain and smoothed by fastai, and what each method suggests.
+
+    None means that a method has no answer.
+    """
 
     lrs: list[float]
+    batch_losses: list[float]
     losses: list[float]
     suggestions: dict[str, float | None]
 
     @property
+    def default(self) -> str:
+        """The method whose suggestion counts."""
+        return default_method(self.suggestions)
+
+    @property
     def suggestion(self) -> float | None:
         """The default method's learning rate."""
-        return self.suggestions[DEFAULT]
+        return self.suggestions[self.default]
 
     def loss_at(self, lr: float) -> float:
-        """The loss at the tried learning rate that is nearest to `lr`."""
+        """The smoothed loss at the tried learning rate that is nearest to `lr`."""
         return min(zip(self.lrs, self.losses, strict=True), key=lambda point: abs(point[0] - lr))[1]
 
     def __str__(self) -> str:
@@ -52,13 +63,47 @@ class RangeTest:
             rows = csv.DictReader((folder / "lr_find.csv").read_text().splitlines())
         except FileNotFoundError:
             return None
-        points = [(float(row["lr"]), float(row["loss"])) for row in rows]
-        return cls([lr for lr, _ in points], [loss for _, loss in points], suggestions)
+        points = [[float(row[name]) for name in ("lr", "batch_loss", "loss")] for row in rows]
+        return cls(*(map(list, zip(*points, strict=True)) if points else ([], [], [])), suggestions)
 
     def save(self, folder: Path, chosen: float | None) -> None:
         """Write the curve to `lr_find.csv`; the suggestions, and the peak that training uses, to `lr_find.json`."""
-        write_csv(folder / "lr_find.csv", ("lr", "loss"), zip(self.lrs, self.losses, strict=True))
-        write_json(folder / "lr_find.json", {"suggestions": self.suggestions, "default": DEFAULT, "chosen": chosen})
+        points = zip(self.lrs, self.batch_losses, self.losses, strict=True)
+        write_csv(folder / "lr_find.csv", ("lr", "batch_loss", "loss"), points)
+        content = {"suggestions": self.suggestions, "default": self.default, "chosen": chosen}
+        write_json(folder / "lr_find.json", content)
+
+
+class BatchLosses(Callback):
+    """Keeps the loss of every batch; fastai's recorder keeps a mean over some fifty."""
+
+    order = -10  # before those that end the test
+
+    def before_fit(self):
+        self.losses = []
+
+    def after_batch(self):
+        self.losses.append(self.loss.detach())
+
+
+def default_method(suggestions: dict[str, float | None]) -> str:
+    """The method whose suggestion counts: "edge" where there is one."""
+    return "edge" if suggestions["edge"] else "minimum"
+
+
+def edge(lrs: list[float], batch_losses: list[float]) -> float | None:
+    """Half the learning rate at which training gets unstable, None where it does not.
+
+    It does when the loss, a mean of four batches, has climbed back by half of what it had fallen. The smoothed loss
+    that fastai's rules look at hides such a climb; `results/README.md` has what training makes of either.
+    """
+    losses = np.nan_to_num(np.array(batch_losses, dtype=float), nan=np.inf)
+    if len(losses) < 2 * WINDOW:
+        return None
+    means = np.convolve(losses, np.full(WINDOW, 1 / WINDOW), "valid")
+    start, lowest = means[0], np.minimum.accumulate(means)
+    unstable = (means - lowest > (start - lowest) / 2) & (lowest < 0.9 * start)  # before that, noise would be enough
+    return float(lrs[WINDOW - 1 :][unstable.argmax()]) / 2 if unstable.any() else None
 
 
 @contextmanager
@@ -87,14 +132,18 @@ def range_test(learn: Learner, start_lr: float = 1e-5, end_lr: float = 10, steps
 
     Ends early when the loss diverges or is no longer finite. Works with any number of batches in the loader.
     """
-    with undisturbed(learn), learn.added_cbs(TerminateOnNaNCallback()):
+    batches = BatchLosses()
+    with undisturbed(learn), learn.added_cbs([TerminateOnNaNCallback(), batches]):
         learn.lr_find(start_lr=start_lr, end_lr=end_lr, num_it=steps, show_plot=False, suggest_funcs=None)
         lrs, losses = list(learn.recorder.lrs), [float(loss) for loss in learn.recorder.losses]
+        batch_losses = [float(loss) for loss in batches.losses[: len(lrs)]]
+    suggestions = {"edge": edge(lrs, batch_losses)}
     keep = [i for i, loss in enumerate(losses) if isfinite(loss)]
-    lrs, losses = [lrs[i] for i in keep], [losses[i] for i in keep]
+    lrs, batch_losses, losses = ([values[i] for i in keep] for values in (lrs, batch_losses, losses))
     # fastai's own cut: the first tenth is the smoothed loss warming up, the last five points are the divergence.
     cut = slice(steps // 10, -5)
-    return RangeTest(lrs, losses, {name: _suggest(name, lrs[cut], losses[cut], steps) for name in METHODS})
+    suggestions |= {name: _suggest(name, lrs[cut], losses[cut], steps) for name in METHODS[1:]}
+    return RangeTest(lrs, batch_losses, losses, suggestions)
 
 
 def _suggest(name: str, lrs: list[float], losses: list[float], steps: int) -> float | None:

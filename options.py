@@ -119,11 +119,10 @@ def set_deterministic(on: bool, device: "torch.device") -> None:
 
     if on and device.type == "mps":
         raise InputError("--deterministic: torch has no deterministic max-pooling on mps; leave it out")
+    on = on and device.type == "cuda"
     if on:
-        os.environ.setdefault(
-            "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-        )  # with streams, cuBLAS sums in a changing order else
-    torch.use_deterministic_algorithms(on and device.type == "cuda")
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS may sum in a changing order
+    torch.use_deterministic_algorithms(on)
 
 
 def check_compiler(device: "torch.device") -> None:

@@ -8,12 +8,13 @@ from fastai.data.core import DataLoaders
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lr_finder import DEFAULT, RangeTest
+from lr_finder import RangeTest, default_method
 from recipes import Recipe
 from run import complete
 
 # Okabe and Ito's palette, which the colour-blind can tell apart
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#777777"
+MARKS = (ORANGE, "black", GREEN, PURPLE, GREY)
 COLORS = (BLUE, ORANGE, GREEN, PURPLE, GREY, "black", "#56B4E9", "#E69F00")
 
 
@@ -52,24 +53,24 @@ def save_augmentations(dls: DataLoaders, path: Path, columns: int = 8, draws: in
 
 def save_lr_find(test: RangeTest, path: Path, chosen: float | None) -> None:
     """The range test's curve with each suggestion, and the learning rate that training uses, if there is one."""
-    figure, axes = _axes("Learning-rate range test", "learning rate", "training loss (smoothed)")
+    figure, axes = _axes("Learning-rate range test", "learning rate", "training loss")
     axes.set_xscale("log")
-    axes.plot(test.lrs, test.losses, color=BLUE)
-    marks = zip(test.suggestions.items(), "os^D", (ORANGE, GREEN, PURPLE, GREY), strict=True)
-    for (name, lr), marker, color in marks:
+    axes.plot(test.lrs, test.batch_losses, ".", ms=4, color=BLUE, alpha=0.5, label="each batch")
+    axes.plot(test.lrs, test.losses, color=BLUE, label="smoothed, as fastai does")
+    for (name, lr), marker, color in zip(test.suggestions.items(), "*os^D", MARKS, strict=True):
         if lr is not None:
-            label = f"{name}: {lr:.2g}" + (" (default suggestion)" if name == DEFAULT else "")
-            axes.plot(lr, test.loss_at(lr), marker, color=color, ms=8 if name == DEFAULT else 6, label=label)
+            label = f"{name}: {lr:.2g}" + (" (default suggestion)" if name == test.default else "")
+            axes.plot(lr, test.loss_at(lr), marker, color=color, ms=11 if name == test.default else 6, label=label)
     if chosen is not None:
         axes.axvline(chosen, color="black", lw=1, ls="--", label=f"this run's peak: {chosen:.2g}")
     if test.losses:
         # The divergence at the end would flatten the valley, which is what one looks at.
-        low, start = min(test.losses), test.losses[0]
+        low, start = min(test.batch_losses), test.losses[0]
         axes.set_ylim(low - 0.15 * (start - low + 0.1), start + 0.6 * (start - low + 0.1))
     else:
         axes.text(0.5, 0.5, "the loss was not finite from the first batch on", ha="center", transform=axes.transAxes)
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(loc="upper left", frameon=False)
+        axes.legend(loc="lower left", frameon=False, fontsize="small")
     _save(figure, path)
 
 
@@ -118,17 +119,18 @@ def save_peaks(sweep: dict, path: Path, comment: str | None = None) -> None:
     title = f"{arguments['recipe']}, {arguments['data']}, width {arguments['width']}, {arguments['epochs']} epochs"
     figure, axes = _axes(title, "peak learning rate", "accuracy on the hold-out in %")
     axes.set_xscale("log")
-    lrs = sorted({row["lr"] for row in sweep["peaks"]})
     # A run whose loss was not finite has no accuracy.
-    runs = [[100 * (row["last_accuracy"] or np.nan) for row in sweep["peaks"] if row["lr"] == lr] for lr in lrs]
-    axes.plot(lrs, [np.mean(values) for values in runs], color=BLUE)
-    axes.plot(
-        *zip(*((lr, v) for lr, values in zip(lrs, runs, strict=True) for v in values), strict=True), "o", color=BLUE
-    )
-    for (name, lr), color in zip(sweep["suggestions"].items(), (ORANGE, GREEN, PURPLE, GREY), strict=True):
+    points = [(row["lr"], 100 * (row["last_accuracy"] or np.nan), row["suggested"]) for row in sweep["peaks"]]
+    lrs = sorted({lr for lr, _, suggested in points if not suggested})
+    axes.plot(lrs, [np.mean([v for x, v, suggested in points if x == lr and not suggested]) for lr in lrs], color=BLUE)
+    for suggested, marker, size in ((False, "o", 5), (True, "*", 11)):
+        x, y = zip(*((x, v) for x, v, s in points if s is suggested), strict=True)
+        axes.plot(x, y, marker, ms=size, color=ORANGE if suggested else BLUE)
+    default = default_method(sweep["suggestions"])
+    for (name, lr), color in zip(sweep["suggestions"].items(), MARKS, strict=True):
         if lr is not None:
-            label = f"{name}: {lr:.2g}" + (" (default suggestion)" if name == DEFAULT else "")
-            axes.axvline(lr, color=color, ls="-" if name == DEFAULT else "--", label=label)
+            label = f"{name}: {lr:.2g}" + (" (default suggestion)" if name == default else "")
+            axes.axvline(lr, color=color, ls="-" if name == default else "--", label=label)
     axes.legend(frameon=False, loc="lower center")
     _save(figure, path, comment)
 

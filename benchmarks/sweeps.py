@@ -1,6 +1,6 @@
 """Train a recipe again and again on a hold-out, and see what its settings are worth.
 
-    python benchmarks/sweeps.py peaks       the accuracy at eight peak learning rates, and the range test's suggestions
+    python benchmarks/sweeps.py peaks       the accuracy at eight peak learning rates, and at the one that is suggested
     python benchmarks/sweeps.py ablation    the recipe with one setting changed at a time, for several seeds
 
 Each run leaves its folder under `--out`; one that is there is not trained again, so that a broken-off sweep goes on.
@@ -52,20 +52,24 @@ def result_of(folder: Path, **arguments) -> dict | None:
 
 
 def peaks(out: Path, seeds: int, **arguments) -> dict:
-    """The range test's suggestions for the first seed, and the last epoch's accuracy at each peak and seed."""
-    rows, suggestions = [], {}
+    """The last epoch's accuracy at each peak, and at the one that the range test suggests to that seed.
+
+    Of the range tests' other suggestions those to the first seed are kept.
+    """
+    rows, tests = [], []
     for seed in range(seeds):
-        for lr in PEAKS:
-            first = not rows
-            folder = out / f"lr-{lr:.3g}-seed-{seed}"
-            result = result_of(folder, lr=f"{lr:.6g}", seed=seed, no_lr_find=not first, **arguments)
-            suggestions = suggestions or json.loads((folder / "lr_find.json").read_text())["suggestions"]
+        for lr in [*PEAKS, None]:
+            suggested = lr is None
+            lr = tests[-1]["suggestions"][tests[-1]["default"]] if suggested else lr
+            folder = out / f"lr-{lr:.3g}{'-suggested' * suggested}-seed-{seed}"
+            result = result_of(folder, lr=f"{lr:.6g}", seed=seed, no_lr_find=lr != PEAKS[0], **arguments)
+            if lr == PEAKS[0]:
+                tests.append(json.loads((folder / "lr_find.json").read_text()))
             accuracy = result and result["last_accuracy"]
-            rows.append({"lr": float(f"{lr:.6g}"), "seed": seed, "last_accuracy": accuracy})
-            print(
-                f"peak {lr:<7.3g} seed {seed}   accuracy {'–' if accuracy is None else f'{accuracy:.2%}'}", flush=True
-            )
-    return {"arguments": arguments, "suggestions": suggestions, "peaks": rows}
+            rows.append({"lr": float(f"{lr:.6g}"), "seed": seed, "suggested": suggested, "last_accuracy": accuracy})
+            words = "diverged" if accuracy is None else f"accuracy {accuracy:.2%}"
+            print(f"peak {lr:<7.3g} seed {seed}   {words}{', suggested' * suggested}", flush=True)
+    return {"arguments": arguments, "suggestions": tests[0]["suggestions"], "peaks": rows}
 
 
 def ablation(out: Path, seeds: int, **arguments) -> None:

@@ -7,7 +7,7 @@ import torch
 
 from data import get_dls
 from images import ImageTable
-from lr_finder import METHODS, range_test, undisturbed
+from lr_finder import METHODS, RangeTest, edge, range_test, undisturbed
 from train_fastai import get_learner
 
 
@@ -78,10 +78,12 @@ def test_it_works_with_any_number_of_batches(tmp_path, n, bs):
     learn = small_learner(n, bs, path=tmp_path)
     assert len(learn.dls.train) in (1, 196)
     test = range_test(learn)
-    assert 20 < len(test.lrs) == len(test.losses) <= 100
+    assert 20 < len(test.lrs) == len(test.losses) == len(test.batch_losses) <= 100
     assert test.lrs == sorted(test.lrs)
-    assert all(test.suggestions[name] for name in METHODS)
-    assert all(test.lrs[0] <= test.suggestions[name] <= test.lrs[-1] for name in METHODS)
+    assert set(test.suggestions) == set(METHODS)
+    assert all(test.lrs[0] <= test.suggestions[name] <= test.lrs[-1] for name in (*METHODS[1:], test.default))
+    test.save(tmp_path, chosen=None)
+    assert RangeTest.load(tmp_path) == test
 
 
 @pytest.mark.parametrize("good_batches", [0, 1, 8, 40])
@@ -105,13 +107,49 @@ def test_a_loss_that_becomes_nan_ends_it(tmp_path, good_batches):
     assert len((tmp_path / "lr_find.csv").read_text().splitlines()) == good_batches + 1
 
 
-def test_the_suggestions_are_fastais(tmp_path):
+def curve(*points, noise=0.02):
+    """100 learning rates from 1e-5 to 10, and losses on straight lines through (learning rate, loss)."""
+    lrs = np.geomspace(1e-5, 10, 100)
+    losses = np.interp(np.log(lrs), *zip(*((np.log(lr), loss) for lr, loss in points), strict=True))
+    return lrs.tolist(), (losses + noise * np.random.default_rng(0).normal(size=100)).tolist()
+
+
+@pytest.mark.parametrize(
+    ("points", "expected"),
+    [
+        ([(1e-3, 2.3), (0.5, 1.0), (1, 5)], 0.35),  # it climbs from 0.5 on, by half of the fall at 0.6
+        ([(1e-3, 2.3), (0.2, 1.8), (0.4, 2.3), (2, 1.5)], 0.17),  # and falls again, as a rising weight decay makes it
+        ([(1e-3, 2.3), (10, 1.0)], None),
+        ([(1e-3, 2.3), (1, 1.0), (10, 1.3)], None),
+        ([(1e-3, 2.3), (10, 2.3)], None),
+        ([(1e-3, 2.3), (0.3, 2.2), (1, 20)], None),  # it has not learned
+    ],
+)
+def test_the_edge_is_half_the_learning_rate_at_which_the_loss_climbs_back(points, expected):
+    found = edge(*curve(*points))
+    assert found == (expected and pytest.approx(expected, rel=0.25))
+
+
+def test_the_edge_is_where_the_loss_is_no_number_any_more():
+    lrs, losses = curve((1e-3, 2.3), (10, 1.0))
+    losses[80:] = [float("nan")] * 20
+    assert edge(lrs, losses) == lrs[80] / 2
+
+
+def test_without_an_edge_the_minimum_counts(tmp_path):
+    lrs, losses = curve((1e-3, 2.3), (10, 1.0))
+    suggestions = dict.fromkeys(METHODS, 0.1) | {"edge": None, "minimum": 0.2}
+    assert RangeTest(lrs, losses, losses, suggestions).suggestion == 0.2
+    assert RangeTest(lrs, losses, losses, suggestions | {"edge": 0.3}).suggestion == 0.3
+
+
+def test_the_other_suggestions_are_fastais(tmp_path):
     from fastai.callback.schedule import SuggestionMethod as S
 
     learn = small_learner(path=tmp_path)
     test = range_test(learn)
     torch.manual_seed(0)
     twin = small_learner(path=tmp_path)
-    functions = [getattr(S, name.capitalize()) for name in METHODS]
+    functions = [getattr(S, name.capitalize()) for name in METHODS[1:]]
     suggested = twin.lr_find(start_lr=1e-5, end_lr=10, num_it=100, show_plot=False, suggest_funcs=functions)
-    assert dict(zip(METHODS, suggested, strict=True)) == pytest.approx(test.suggestions)
+    assert {"edge": test.suggestions["edge"], **dict(zip(METHODS[1:], suggested, strict=True))} == test.suggestions

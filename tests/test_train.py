@@ -19,6 +19,7 @@ from PIL import Image
 
 from data import get_dls
 from errors import InputError
+from options import set_deterministic
 from recipes import get_recipe
 from run import RunLog
 from train_fastai import get_learner, main
@@ -100,7 +101,7 @@ def test_the_whole_job(command, tmp_path):
 def test_one_seed_one_result_with_and_without_the_range_test(tmp_path, capsys, workers):
     common = {"recipe": "demo", "width": 4, "epochs": 2, "device": "cpu", "workers": workers}
     main(**common, seed=1, out=str(tmp_path / "a"))
-    main(**common, seed=1, out=str(tmp_path / "b"), no_lr_find=True)
+    main(**common, seed=1, out=str(tmp_path / "b"), no_lr_find=True, deterministic=True)
     first, second = weights(tmp_path / "a"), weights(tmp_path / "b")
     assert same_weights(first, second)
     main(**{**common, "workers": 2 - workers, "epochs": 1}, seed=1, out=str(tmp_path / "c"), no_lr_find=True)
@@ -108,6 +109,20 @@ def test_one_seed_one_result_with_and_without_the_range_test(tmp_path, capsys, w
     assert same_weights(weights(tmp_path / "c"), weights(tmp_path / "d")), "whatever the number of workers"
     main(**{**common, "epochs": 1}, seed=2, out=str(tmp_path / "e"), no_lr_find=True)
     assert not same_weights(weights(tmp_path / "d"), weights(tmp_path / "e"))
+
+
+def test_deterministic_is_for_cuda(monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    try:
+        for name, on in (("cpu", False), ("cuda", True)):  # a CPU is so anyway, and would only be slower
+            set_deterministic(True, torch.device(name))
+            assert torch.are_deterministic_algorithms_enabled() is on
+            assert ("CUBLAS_WORKSPACE_CONFIG" in os.environ) is on
+        with pytest.raises(InputError, match="--deterministic: torch has no deterministic max-pooling on mps"):
+            set_deterministic(True, torch.device("mps"))
+    finally:
+        set_deterministic(False, torch.device("cuda"))
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_several_runs_are_those_of_their_seeds_and_a_table(tmp_path, capsys):
