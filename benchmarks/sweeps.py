@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from errors import InputError, run_command
 from train_fastai import main as train
 
-PEAKS = np.geomspace(0.01, 10, 8)
+PEAKS = np.geomspace(0.01, 10, 8).tolist()
 ABLATION = {
     "as it is": {},
     "no label smoothing": {"label_smoothing": 0.0},
@@ -32,6 +32,7 @@ ABLATION = {
     "cutout 12x12": {"cutout": 12},
     "pad 2": {"pad": 2},
     "CutMix": {"cutmix": 1.0},
+    "twice the learning rate": {"lr": "0.8"},
     "batches of 256": {"bs": 256, "lr": "0.2"},
 }
 

@@ -1,3 +1,4 @@
+import io
 import pickle
 import tarfile
 import time
@@ -239,6 +240,16 @@ def test_cifar10_without_network_and_cache_names_the_ways_out_soon(monkeypatch, 
     assert time.perf_counter() - start < 8
     assert "--data PATH" in line
     assert "--data digits" in line
+
+
+def test_a_download_that_is_damaged_is_one_line(monkeypatch, fastai_home):
+    def corrupt(url):
+        raise Exception("Downloaded file is corrupt or not latest version")
+
+    monkeypatch.setattr("fastai.data.external.untar_data", corrupt)
+    monkeypatch.setattr(urllib.request, "urlopen", lambda *_, **__: io.BytesIO())
+    with pytest.raises(InputError, match=r"the download of CIFAR-10 failed .*corrupt.*; pass --data PATH"):
+        load_images("cifar10")
 
 
 def test_cifar10_comes_from_fastais_cache(fastai_home, image_folder):

@@ -49,7 +49,7 @@ def test_the_readme_says_what_the_files_say():
 def test_the_pictures_show_what_the_files_say():
     for path, (_, drawn) in make.made_pictures().items():
         assert Image.open(path).text["Comment"] == make.digest(drawn), "python results/make.py draws it anew"
-        assert f"results/{path.name}" in (ROOT / "README.md").read_text()
+        assert str(path.relative_to(ROOT)) in (ROOT / "README.md").read_text()
 
 
 def test_runs_become_lines_and_a_picture(place, tmp_path):
