@@ -1,8 +1,12 @@
-"""fastai callbacks: its own where they wait for the device at every batch or do nothing, and flip averaging.
+"""fastai callbacks: its own where they wait for the device at every batch or do nothing, flip averaging, logging.
 
 A GPU works through a queue: whoever reads a loss waits until all that was queued before it is done, and the queue then
 runs empty. fastai's recorder and progress bar do so at every batch. Ours keep what they record and show.
 """
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from fastai.callback.core import Callback
@@ -12,6 +16,8 @@ from fastai.learner import AvgSmoothLoss, Learner, Recorder
 from fastai.metrics import accuracy
 from fastai.torch_core import to_detach
 from fastcore.basics import noop
+
+from errors import InputError
 
 
 class SmoothLoss(AvgSmoothLoss):
@@ -87,6 +93,44 @@ class Mirror(Callback):
 
     def before_batch(self):
         self.learn.xb = tuple(x.flip(-1) for x in self.xb)
+
+
+@contextmanager
+def logged(to: str | None, run: Path, config: dict) -> Iterator[list[Callback]]:
+    """The callback with which fastai logs to "tensorboard" (in the run's folder) or "wandb"; none for None.
+
+    Raises InputError where Weights & Biases takes no log.
+    """
+    if to == "tensorboard":
+        from fastai.callback.tensorboard import TensorBoardCallback
+
+        class TensorBoard(TensorBoardCallback):
+            def after_batch(self):  # fastai's would log all that torch's optimiser has, and fail where that is None
+                if self.training:
+                    self.writer.add_scalar("train_loss", self.smooth_loss, self.train_iter)
+                    self.writer.add_scalar("lr", self.opt.hypers[-1]["lr"], self.train_iter)
+
+        yield [TensorBoard(run / "tensorboard", trace_model=False, log_preds=False)]
+    elif to == "wandb":
+        import wandb
+        from fastai.callback.wandb import WandbCallback
+
+        class Wandb(WandbCallback):
+            def before_fit(self):  # fastai's would gather the learner's arguments, and fail at the first schedule
+                self.learn.gather_args = dict
+                super().before_fit()
+                del self.learn.gather_args
+
+        try:
+            wandb.init(project="custom-resnet", name=run.name, dir=run, config=config)
+        except wandb.Error as e:
+            raise InputError(f"--log wandb: {e}; log in with wandb login, or set WANDB_MODE=offline") from e
+        try:
+            yield [Wandb(log_preds=False)]
+        finally:
+            wandb.finish()
+    else:
+        yield []
 
 
 def tta_accuracy(learn: Learner) -> float:

@@ -72,6 +72,8 @@ class Checkpoint(Callback):
         self.begun = self.batch = self.state["batch"] if self.state and self.epoch == self.first_epoch else 0
         if self.begun:
             self.learn.pct_train = self.state["pct_train"]
+        if self.state and self.epoch == self.first_epoch:
+            self.learn.train_iter = self.epoch * len(self.dls.train) + self.batch  # what a log counts
 
     def after_batch(self):
         if self.training:

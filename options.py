@@ -6,6 +6,7 @@ import os
 import shlex
 from collections.abc import Callable
 from dataclasses import fields
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
@@ -31,6 +32,8 @@ def recipe_of(given: dict) -> Recipe:
     if options.runs < 1 or (options.runs > 1 and options.lr_find_only):
         why = "--lr-find-only does not train" if options.runs > 1 else "it must be at least 1"
         raise InputError(f"--runs is {options.runs}: {why}")
+    if options.log and find_spec(options.log) is None:
+        raise InputError(f"--log {options.log}: the package is not installed; pip install {options.log}")
     if options.max_minutes is not None and not options.max_minutes > 0:
         raise InputError(f"--max-minutes is {options.max_minutes}: it must be above 0")
     changes = {field.name: given[field.name] for field in fields(Recipe) if field.name in given}
@@ -73,7 +76,15 @@ def resumed(func: Callable, given: dict) -> tuple[Path | None, dict]:
         raise InputError(f"--resume {run}: there is no run to go on with, no config.json ({e.strerror})") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise InputError(f"{run}/config.json: not that of a run of this version of the project") from None
-    free = ("resume", "out", "runs", "device", "workers", "max_minutes")  # change nothing in what is learned
+    free = (
+        "resume",
+        "out",
+        "runs",
+        "device",
+        "workers",
+        "max_minutes",
+        "no_pictures",
+    )  # change nothing in what is learned
     now = {name: value for name, value in given.items() if value != defaults(func)[name]}
     for name, value in now.items():
         if name not in free and str(value) not in (str(started.get(name)), str(config.get(name))):

@@ -1,162 +1,214 @@
-"""The pictures of a run, drawn with matplotlib's `Figure`: a notebook's own figures and backend stay as they are."""
+"""A run explains itself: its pictures and its README, drawn at its end, or anew; or several runs compared.
 
-from functools import partial
+python report.py RUN            draw the pictures of that run again and write its README
+python report.py RUN RUN ...    a table and a picture of their accuracies
+"""
+
+import json
+import warnings
+from collections import defaultdict
+from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Annotated
 
-import numpy as np
-from fastai.data.core import DataLoaders
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-
-from lr_finder import RangeTest, default_method
+from errors import InputError, run_command
+from options import command_line, defaults, get_device, recipe_of
 from recipes import Recipe
-from run import complete
 
-# Okabe and Ito's palette, which the colour-blind can tell apart
-BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#777777"
-MARKS = (ORANGE, "black", GREEN, PURPLE, GREY)
-COLORS = (BLUE, ORANGE, GREEN, PURPLE, GREY, "black", "#56B4E9", "#E69F00")
+if TYPE_CHECKING:
+    from fastai.learner import Learner
 
+    from evaluation import Evaluation
 
-def _save(figure: Figure, path: Path, comment: str | None = None) -> None:
-    with complete(path) as beside:
-        figure.savefig(beside, dpi=120, metadata={"Comment": comment} if comment else None)
-
-
-def _axes(title: str, xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axes = figure.subplots()
-    axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
-def save_augmentations(dls: DataLoaders, path: Path, columns: int = 8, draws: int = 4) -> None:
-    """A column an image: the original on top, what `draws` epochs make of it below, under the name of its class."""
-    table, dl = dls.train_ds.items, dls.train
-    rows = np.random.default_rng(0).permutation(len(table))[:columns].tolist()
-    originals, labels = table.batch(rows)
-    grid = [originals] + [dl.augment(originals, epoch, range(columns)) for epoch in range(draws)]
-    figure = Figure(figsize=(1.2 * columns, 1.2 * (draws + 1) + 0.5), layout="constrained")
-    axes = figure.subplots(draws + 1, columns, squeeze=False)
-    for i, images in enumerate(grid):
-        for j, image in enumerate(images):
-            axes[i, j].imshow(image, interpolation="nearest")
-            axes[i, j].set(xticks=[], yticks=[])
-            axes[i, j].spines[:].set_visible(False)
-        axes[i, 0].set_ylabel("original" if i == 0 else f"draw {i}")
-    for ax, label in zip(axes[0], labels, strict=False):
-        ax.set_title(table.classes[label][:14], fontsize=10)
-    _save(figure, path)
+EXAMPLES = 12  # images in a picture of them
+CAPTIONS = {
+    "accuracy": "Accuracy over the epochs",
+    "loss": "Loss over the epochs",
+    "schedule": "Learning rate over the epochs",
+    "lr_find": "Learning-rate range test",
+    "confusion": "Confusions",
+    "classes": "Accuracy of each class",
+    "reliability": "How often it is right where it is how sure",
+    "wrong": "The most confident mistakes, and where in the image the network saw what it says (Grad-CAM)",
+    "uncertain": "The images it cannot decide on",
+    "augmentations": "What the network was trained on",
+}
 
 
-def save_lr_find(test: RangeTest, path: Path, chosen: float | None) -> None:
-    """The range test's curve with each suggestion, and the learning rate that training uses, if there is one."""
-    figure, axes = _axes("Learning-rate range test", "learning rate", "training loss")
-    axes.set_xscale("log")
-    axes.plot(test.lrs, test.batch_losses, ".", ms=4, color=BLUE, alpha=0.5, label="each batch")
-    axes.plot(test.lrs, test.losses, color=BLUE, label="smoothed, as fastai does")
-    for (name, lr), marker, color in zip(test.suggestions.items(), "*os^D", MARKS, strict=True):
-        if lr is not None:
-            label = f"{name}: {lr:.2g}" + (" (default suggestion)" if name == test.default else "")
-            axes.plot(lr, test.loss_at(lr), marker, color=color, ms=11 if name == test.default else 6, label=label)
-    if chosen is not None:
-        axes.axvline(chosen, color="black", lw=1, ls="--", label=f"this run's peak: {chosen:.2g}")
-    if test.losses:
-        # The divergence at the end would flatten the valley, which is what one looks at.
-        low, start = min(test.batch_losses), test.losses[0]
-        axes.set_ylim(low - 0.15 * (start - low + 0.1), start + 0.6 * (start - low + 0.1))
+def write_report(learn: "Learner", result: dict, evaluation: "Evaluation") -> None:
+    """Every picture of the training and the trained network into `learn.path`, and the README that shows them."""
+    from evaluation import grad_cam
+    from pictures import save_classes, save_confusion, save_examples, save_history, save_reliability, save_schedules
+
+    run = learn.path
+    what = f"{result['source']}, recipe {result['recipe']}, width {result['width']}, seed {result['seed']}"
+    save_history(result["history"], run, what)
+    recipe = replace(recipe_of(result["arguments"]), lr=result["peak_lr"])
+    save_schedules({result["recipe"]: recipe}, run / "schedule.png", svg=True)
+    save_confusion(evaluation, run / "confusion.png")
+    save_classes(evaluation, run / "classes.png")
+    save_reliability(evaluation, run / "reliability.png")
+    for name, chosen, title in (
+        ("wrong", evaluation.most_wrong(EXAMPLES), "The most confident mistakes"),
+        ("uncertain", evaluation.most_uncertain(EXAMPLES), "The least certain predictions"),
+    ):
+        images, _ = evaluation.table.batch(chosen.tolist())
+        maps = grad_cam(learn, images, evaluation.predicted[chosen]) if len(chosen) else []
+        save_examples(evaluation, chosen, maps, title, run / f"{name}.png")
+    write_card(run, result)
+
+
+def write_card(run: Path, result: dict) -> None:
+    """The run's `README.md`, a model card as the Hugging Face Hub shows it."""
+    from run import complete
+    from train_fastai import main
+
+    command = command_line(main, result["arguments"], out=None, resume=None, max_minutes=None)
+    n, classes, best = result["images"], result["classes"], result["best_epoch"]
+    where = "a tenth of the training set, held out" if result["valid"] == "holdout" else "the test set"
+    figures = [
+        ("accuracy after the last epoch", result["last_accuracy"], "the headline"),
+        ("accuracy with TTA", result["tta_accuracy"], "each image together with its mirror image"),
+        ("accuracy after the best epoch", result["best_accuracy"], f"epoch {best}, chosen on these images: flattered"),
+        ("expected calibration error", result["calibration_error"], "0 % is as sure as right"),
+    ]
+    figures = [(name, f"{100 * value:.2f} %", how) for name, value, how in figures if value is not None]
+    names = [field.name for field in fields(Recipe) if field.name not in ("data", "lr", "width")]
+    settings = [(name, result[name]) for name in ("peak_lr", *names, "norm", "seed")]
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    measured = {
+        "task": {"type": "image-classification"},
+        "dataset": {"type": result["source"], "name": result["source"]},
+        "metrics": [{"type": "accuracy", "value": result["last_accuracy"], "name": "after the last epoch"}],
+    }
+    model = {"name": f"custom-resnet-{result['recipe']}", "results": [measured]}
+    pictures = "\n".join(
+        f"## {caption}\n\n![{caption}]({name}.png)\n"
+        for name, caption in CAPTIONS.items()
+        if (run / f"{name}.png").exists()
+    )
+    text = f"""---
+library_name: fastai
+pipeline_tag: image-classification
+tags: [image-classification, fastai, resnet]
+metrics: [accuracy]
+model-index: {json.dumps([model])}
+---
+
+# Custom ResNet, recipe {result["recipe"]}, on {result["source"]}
+
+A residual network of {result["parameters"]:,} parameters (width {result["width"]}) that tells {len(classes)} classes
+apart: {", ".join(classes)}.
+
+{_table(("figure", "value", ""), figures)}
+
+All on {n["valid"]:,} images, {where}.
+
+## Use
+
+```python
+from fastai.learner import load_learner
+
+learn = load_learner("export.pkl")  # a program: only if you trust its author
+label, index, probabilities = learn.predict("picture.png")
+```
+
+`model.safetensors` holds the same weights as data, with architecture, classes and normalisation in its header.
+
+## Training
+
+```sh
+{command}
+```
+
+{_table(("setting", "value"), settings)}
+
+Data: {result["source"]}, {n["train"]:,} images to train on; SHA-256 over classes, labels, split and pixels
+`{result["fingerprint"]}`. It took {result["seconds"]:.0f} seconds on {result["device"]} ({result["device_name"]}),
+all included. Versions: {versions}.
+
+## Limits
+
+Whatever a picture shows, the answer is one of the {len(classes)} classes. The network sees 32x32 pixels: larger
+pictures are squeezed. This is one training with one seed; another seed gives another figure.
+
+{pictures}"""
+    with complete(run / "README.md") as beside:
+        beside.write_text(text)
+
+
+def _table(names: tuple, rows: list[tuple]) -> str:
+    lines = [names, ["---"] * len(names), *rows]
+    return "\n".join(f"| {' | '.join(str(cell).replace('|', chr(92) + '|') for cell in row)} |" for row in lines)
+
+
+def read_result(run: Path) -> dict:
+    """What is in the run's `result.json`. Raises InputError where there is none."""
+    from train_fastai import main
+
+    try:
+        result = json.loads((run / "result.json").read_text())
+        if result["arguments"].keys() != defaults(main).keys() or "calibration_error" not in result:
+            raise KeyError
+    except OSError as e:
+        raise InputError(f"{run}: not the folder of a run that has ended, no result.json ({e.strerror})") from e
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise InputError(f"{run}/result.json: not that of a run of this version of the project") from e
+    return result
+
+
+def draw_again(run: Path, device: str) -> None:
+    """All pictures of the run and its README, from its weights and the images it was trained on."""
+    from evaluation import evaluate
+    from lr_finder import RangeTest
+    from pictures import save_augmentations, save_lr_find
+    from train_fastai import new_learner
+
+    result = read_result(run)
+    given = result["arguments"]
+    learn = new_learner(SimpleNamespace(**given), recipe_of(given), get_device(device))
+    if learn.dls.train_ds.items.fingerprint() != result["fingerprint"]:
+        raise InputError(f"{run}: the images in {given['data'] or result['data']} are not those that it was trained on")
+    learn.path = run
+    learn.load("last", with_opt=False)
+    save_augmentations(learn.dls, run / "augmentations.png")
+    if test := RangeTest.load(run):
+        save_lr_find(test, run / "lr_find.png", result["peak_lr"])
+    write_report(learn, result, evaluate(learn))
+    print(f"see          {run / 'README.md'}")
+
+
+def compare(runs: list[Path], picture: Path) -> None:
+    """A table of the runs' accuracies for each recipe, and their curves in one picture."""
+    from pictures import runs_table, save_comparison
+
+    results = sorted((read_result(run) for run in runs), key=lambda result: (result["recipe"], result["seed"]))
+    for name in ("source", "valid"):
+        if len(values := {result[name] for result in results}) > 1:
+            raise InputError(f"{name} is {' in one, '.join(sorted(values))} in another; compare like with like")
+    groups = defaultdict(list)
+    for result in results:
+        groups[f"{result['recipe']}, width {result['width']}, {result['epochs']} epochs"].append(result)
+    for name, group in groups.items():
+        print(f"{name}: accuracy on {group[0]['source']} ({group[0]['valid']}), in %\n\n{runs_table(group)}\n")
+    save_comparison(groups, picture)
+    print(f"see          {picture}")
+
+
+def main(
+    runs: Annotated[str, {"nargs": "+"}],  # Folders of runs that have ended
+    picture: str = "comparison.png",  # Where to draw several runs' curves
+    device: str = "auto",  # To test one run's network on: auto, cpu or cuda
+):
+    """Draw the pictures of one run again and write its README, or compare several runs."""
+    warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated")  # fastai's import
+    folders = [Path(run) for run in runs]
+    if len(folders) == 1:
+        draw_again(folders[0], device)
     else:
-        axes.text(0.5, 0.5, "the loss was not finite from the first batch on", ha="center", transform=axes.transAxes)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(loc="lower left", frameon=False, fontsize="small")
-    _save(figure, path)
+        compare(folders, Path(picture))
 
 
-def save_history(history: list[dict], folder: Path, what: str) -> None:
-    """`loss.png` and `accuracy.png`: both curves over the epochs, the best and the last validation accuracy marked."""
-    epochs = [row["epoch"] for row in history]
-    for kind, scale, unit in (("loss", 1, ""), ("accuracy", 100, " in %")):
-        figure, axes = _axes(f"{kind.capitalize()}: {what}", "epoch", kind + unit)
-        train, valid = ([scale * row[f"{part}_{kind}"] for row in history] for part in ("train", "valid"))
-        axes.plot(epochs, train, "o-", ms=3, color=BLUE, label="training, augmented images")
-        axes.plot(epochs, valid, "s-", ms=3, color=ORANGE, label="validation")
-        if kind == "accuracy":
-            best = max(range(len(valid)), key=valid.__getitem__)
-            label = f"best, chosen on the validation set: {valid[best]:.2f} % in epoch {epochs[best]}"
-            axes.plot(epochs[best], valid[best], "s", ms=10, mfc="none", color="black", label=label)
-            axes.plot([], [], " ", label=f"last epoch: {valid[-1]:.2f} %")
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.legend(frameon=False)
-        _save(figure, folder / f"{kind}.png")
-
-
-def save_comparison(groups: dict[str, list[dict]], path: Path, comment: str | None = None) -> None:
-    """The validation accuracy over the epochs: for each group the mean of its runs, and a band from lowest to highest.
-
-    groups: what is in the `result.json` of runs on the same data with networks of the same width.
-    """
-    first = next(iter(groups.values()))[0]
-    figure, axes = _axes(f"{first['source']}, width {first['width']}", "epoch", "validation accuracy in %")
-    for (name, runs), color in zip(groups.items(), COLORS, strict=False):
-        curves = np.array([[100 * row["valid_accuracy"] for row in run["history"]] for run in runs])
-        x, last = range(1, curves.shape[1] + 1), curves[:, -1]
-        axes.fill_between(x, curves.min(0), curves.max(0), color=color, alpha=0.2, lw=0)
-        label = f"{name}: {last.mean():.2f} % at the end, {len(runs)} seed{'s' * (len(runs) > 1)}"
-        axes.plot(x, curves.mean(0), "o-", ms=3, color=color, label=label)
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.legend(frameon=False, loc="lower right")
-    _save(figure, path, comment)
-
-
-def save_peaks(sweep: dict, path: Path, comment: str | None = None) -> None:
-    """The accuracy that each peak learning rate reaches, and where the range test's suggestions lie.
-
-    sweep: what `benchmarks/sweeps.py peaks --save FILE` wrote.
-    """
-    arguments = sweep["arguments"]
-    title = f"{arguments['recipe']}, {arguments['data']}, width {arguments['width']}, {arguments['epochs']} epochs"
-    figure, axes = _axes(title, "peak learning rate", "accuracy on the hold-out in %")
-    axes.set_xscale("log")
-    # A run whose loss was not finite has no accuracy.
-    points = [(row["lr"], 100 * (row["last_accuracy"] or np.nan), row["suggested"]) for row in sweep["peaks"]]
-    lrs = sorted({lr for lr, _, suggested in points if not suggested})
-    axes.plot(lrs, [np.mean([v for x, v, suggested in points if x == lr and not suggested]) for lr in lrs], color=BLUE)
-    for suggested, marker, size in ((False, "o", 5), (True, "*", 11)):
-        x, y = zip(*((x, v) for x, v, s in points if s is suggested), strict=True)
-        axes.plot(x, y, marker, ms=size, color=ORANGE if suggested else BLUE)
-    default = default_method(sweep["suggestions"])
-    for (name, lr), color in zip(sweep["suggestions"].items(), MARKS, strict=True):
-        if lr is not None:
-            label = f"{name}: {lr:.2g}" + (" (default suggestion)" if name == default else "")
-            axes.axvline(lr, color=color, ls="-" if name == default else "--", label=label)
-    axes.legend(frameon=False, loc="lower center")
-    _save(figure, path, comment)
-
-
-def save_schedules(recipes: dict[str, Recipe], path: Path, comment: str | None = None) -> None:
-    """The learning rate of each recipe over its epochs; where the validation loss decides, its start, dashed."""
-    figure, axes = _axes("Learning rate of each recipe", "epoch", "learning rate")
-    for (name, recipe), color in zip(recipes.items(), COLORS, strict=False):
-        position = np.linspace(0, 1, 1000)
-        scheduler = recipe.schedule.callbacks(recipe.lr)[0]
-        if hasattr(scheduler, "scheds"):
-            lr, style = [scheduler.scheds["lr"](p) for p in position], "-"
-        else:
-            lr, style, name = np.full(1000, recipe.lr), "--", f"{name}, until the loss stalls"
-        axes.plot(position * recipe.epochs, lr, style, color=color, label=name)
-    axes.legend(loc="upper right", frameon=False)
-    _save(figure, path, comment)
-
-
-def runs_table(results: list[dict]) -> str:
-    """The accuracies of several runs in percent, a line each, and mean, standard deviation, minimum and maximum."""
-    names = {"last_accuracy": "last epoch", "tta_accuracy": "with TTA"}
-    names = {key: name for key, name in names.items() if results[0][key] is not None}
-    columns = [np.array([100 * result[key] for result in results]) for key in names]
-    rows = [("seed", *names.values())]
-    rows += [(result["seed"], *(f"{column[i]:.2f}" for column in columns)) for i, result in enumerate(results)]
-    for name, of in (("mean", np.mean), ("std", partial(np.std, ddof=1)), ("min", np.min), ("max", np.max)):
-        rows.append((name, *(f"{of(column):.2f}" for column in columns)))
-    return "\n".join(f"{first!s:<6}" + "".join(f"{cell:>12}" for cell in rest) for first, *rest in rows)
+if __name__ == "__main__":
+    run_command(main)

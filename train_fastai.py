@@ -28,6 +28,7 @@ from options import check_compiler, command_line, defaults, get_device, recipe_o
 from recipes import RECIPES, Recipe, get_recipe, recipe_table
 
 if TYPE_CHECKING:
+    import torch
     from fastai.data.core import DataLoaders
     from fastai.learner import Learner
 
@@ -88,6 +89,20 @@ def get_learner(dls: "DataLoaders", recipe: str | Recipe = "fast", norm: str = "
     return Learner(dls, model, **{**settings, **kwargs})
 
 
+def new_learner(options: SimpleNamespace, settings: Recipe, device: "torch.device") -> "Learner":
+    """The learner that the command trains with these options, its weights drawn from the seed."""
+    from fastai.torch_core import set_seed
+
+    from data import get_dls
+
+    dls = get_dls(
+        settings.data, settings.bs, options.seed, options.workers, options.valid, device,
+        pad=settings.pad, flip=settings.flip, cutout=settings.cutout,
+    )  # fmt: skip
+    set_seed(options.seed)
+    return get_learner(dls, settings, options.norm)
+
+
 def main(
     data: str = None,  # cifar10, digits, a folder or archive of train/<class>/ and test/<class>/ images, or CIFAR-10's python version [the recipe's]
     recipe: Annotated[str, {"choices": list(RECIPES)}] = "fast",  # Named settings, see recipes.py
@@ -112,11 +127,13 @@ def main(
     out: str = None,  # Run folder, new or empty [runs/NNN-recipe]
     resume: str = None,  # Go on with the run in this folder; auto: with the one in --out, if it has been started
     max_minutes: float = None,  # Stop after so many minutes of training, with a checkpoint to go on from
+    log: Annotated[str, {"choices": ["tensorboard", "wandb"]}] = None,  # Log every batch there, too
     tta: bool = False,  # At the end test on each image together with its mirror image, too
     compile: bool = False,  # Compile the network with torch.compile: about a minute more before the first step
     deterministic: bool = False,  # On CUDA the same weights twice, a little slower; on a CPU that is always so
     lr_find_only: bool = False,  # Stop after the range test
     no_lr_find: bool = False,  # Train without a range test
+    no_pictures: bool = False,  # Leave out the pictures and the README of the run folder
     list_recipes: bool = False,  # Print all recipes and stop
 ) -> dict | None:  # fmt: skip
     """Train a custom ResNet with fastai and albumentations: CIFAR-10 by default, or images of your own."""
@@ -138,7 +155,7 @@ def main(
         results.append(main(**{**given, "runs": 1, "seed": number, "out": folder}))
         gc.collect()  # a Learner is full of cycles; with it go its memory on the device and its loaders' processes
         print()
-    from report import runs_table
+    from pictures import runs_table
 
     print(f"accuracy on the validation set, in %\n\n{runs_table(results)}")
     return None
@@ -147,14 +164,14 @@ def main(
 def _train(options: SimpleNamespace, settings: Recipe, run: Path | None) -> dict | None:
     """Train in a new folder, or go on in that of `run`; returns what is in its `result.json`."""
     warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated")  # fastai's import, nothing to do here
-    from fastai.torch_core import set_seed
 
-    from callbacks import tta_accuracy
+    from callbacks import logged, tta_accuracy
     from checkpoint import Checkpoint, faults_explained, load_checkpoint, remove_checkpoints, signals
-    from data import get_dls
+    from evaluation import evaluate
     from export import export, save_safetensors
     from lr_finder import RangeTest, range_test, undisturbed
-    from report import save_augmentations, save_history, save_lr_find
+    from pictures import save_augmentations, save_lr_find
+    from report import write_report
     from run import (
         RunLog,
         check_out,
@@ -178,12 +195,7 @@ def _train(options: SimpleNamespace, settings: Recipe, run: Path | None) -> dict
     set_deterministic(options.deterministic, device)
     if options.compile:
         check_compiler(device)
-    dls = get_dls(
-        settings.data, settings.bs, options.seed, options.workers, options.valid, device,
-        pad=settings.pad, flip=settings.flip, cutout=settings.cutout,
-    )  # fmt: skip
-    set_seed(options.seed)
-    learn = get_learner(dls, settings, options.norm)
+    learn = new_learner(options, settings, device)
     asked = {
         "recipe": options.recipe,
         **asdict(settings),
@@ -207,7 +219,8 @@ def _train(options: SimpleNamespace, settings: Recipe, run: Path | None) -> dict
         print_config(config)
         with undisturbed(learn):
             print(f"\n{learn.summary()}\n")
-        save_augmentations(dls, run / "augmentations.png")
+        if not options.no_pictures:
+            save_augmentations(learn.dls, run / "augmentations.png")
         if options.compile:
             learn.model.compile()
 
@@ -217,7 +230,8 @@ def _train(options: SimpleNamespace, settings: Recipe, run: Path | None) -> dict
             peak = test.suggestion if options.lr == "auto" else peak
             chosen = None if options.lr_find_only else peak
             test.save(run, chosen)
-            save_lr_find(test, run / "lr_find.png", chosen)
+            if not options.no_pictures:
+                save_lr_find(test, run / "lr_find.png", chosen)
             print(f"range test   {test}")
             if options.lr_find_only:
                 again = command_line(main, vars(options), lr="LR", lr_find_only=False, out=None)
@@ -229,8 +243,8 @@ def _train(options: SimpleNamespace, settings: Recipe, run: Path | None) -> dict
         log, checkpoint = RunLog(), Checkpoint(load_checkpoint(run, learn.model), options.max_minutes)
         print(f"training     {settings.epochs} epochs, peak learning rate {peak:.3g}{checkpoint}")
         cbs = [*settings.schedule.callbacks(peak), log, checkpoint]
-        with signals(checkpoint.ask_to_stop):
-            learn.fit(settings.epochs, peak, cbs=cbs, start_epoch=checkpoint.first_epoch)
+        with signals(checkpoint.ask_to_stop), logged(options.log, run, config) as loggers:
+            learn.fit(settings.epochs, peak, cbs=cbs + loggers, start_epoch=checkpoint.first_epoch)
         if checkpoint.stopped:
             again = command_line(main, defaults(main), resume=str(run))
             raise Stopped(f"stopped {checkpoint.stopped}; go on with: {again}", checkpoint.code)
@@ -241,31 +255,34 @@ def _train(options: SimpleNamespace, settings: Recipe, run: Path | None) -> dict
             )
         last, best = log.history[-1], log.history[(log.best_epoch or 1) - 1]
         save_weights(learn, "last")
-        name = dls.train_ds.items.name
-        save_history(log.history, run, f"{name}, recipe {options.recipe}, width {settings.width}, seed {options.seed}")
         export(learn, run / "export.pkl")
         with learn.no_bar():
             averaged = tta_accuracy(learn) if options.tta else None
+        evaluation = evaluate(learn)
         result = {
             **config,
             "peak_lr": peak,
             "suggestions": test and test.suggestions,
             "last_accuracy": last["valid_accuracy"],
             "tta_accuracy": averaged and round(averaged, 6),
+            "calibration_error": round(evaluation.calibration_error(), 6),
             "best_accuracy": best["valid_accuracy"],
             "best_epoch": best["epoch"],
             "seconds": round(perf_counter() - started, 2),
             "history": log.history,
         }
         save_safetensors(learn, run / "model.safetensors", result)
+        if not options.no_pictures:
+            write_report(learn, result, evaluation)
         write_json(run / "result.json", result)
         remove_checkpoints(run)
     mirrored = f"with TTA     {averaged:.2%}, averaged over each image and its mirror image\n" if options.tta else ""
+    shown = "" if options.no_pictures else "README.md with all pictures, "
     held_out = "a tenth of the training set" if options.valid == "holdout" else "here the test set"
     print(f"""
 last epoch   {last["valid_accuracy"]:.2%} accuracy on the validation set, {held_out}
 {mirrored}best epoch   {best["valid_accuracy"]:.2%} in epoch {best["epoch"]}, chosen on the validation set, so a little too good to quote
-run folder   {run}: the pictures, history.csv, result.json, models/last.pth, models/best.pth, and export.pkl and model.safetensors from the last epoch
+run folder   {run}: {shown}history.csv, result.json, export.pkl and model.safetensors from the last epoch, models/last.pth, models/best.pth
 
 use it       python -c "from fastai.learner import load_learner; print(load_learner('{run}/export.pkl').predict('IMAGE.png'))"
 again        {command_line(main, vars(options), seed=options.seed + 1, out=None, resume=None, max_minutes=None)}""")

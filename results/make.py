@@ -23,8 +23,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from speed import PARTS, heading, section
 
 from errors import InputError, run_command
+from pictures import save_comparison, save_peaks, save_schedules
 from recipes import RECIPES
-from report import save_comparison, save_peaks, save_schedules
 from run import write_json
 
 HERE = Path(__file__).parent

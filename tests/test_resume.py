@@ -26,6 +26,7 @@ from run import locked
 from train_fastai import main
 
 SMALL = {"data": "digits", "bs": 128, "width": 2, "epochs": 3, "lr": "0.05", "device": "cpu", "no_lr_find": True}
+SMALL["no_pictures"] = True
 KILLS = int(os.environ.get("KILLS", "1"))
 
 

@@ -27,6 +27,8 @@ from train_fastai import get_learner, main
 FILES = {
     "config.json", "history.csv", "result.json", "augmentations.png", "loss.png", "accuracy.png", "export.pkl",
     "model.safetensors", "lr_find.png", "lr_find.csv", "lr_find.json", "models/best.pth", "models/last.pth",
+    "README.md", "schedule.png", "confusion.png", "classes.png", "reliability.png", "wrong.png", "uncertain.png",
+    "loss.svg", "accuracy.svg", "schedule.svg",
 }  # fmt: skip
 TINY = ("--recipe", "demo", "--width", "4", "--device", "cpu")
 
@@ -93,13 +95,15 @@ def test_the_whole_job(command, tmp_path):
     assert accuracies[2] is None
     assert sum(row["seconds"] for row in result["history"]) < result["seconds"]
 
-    assert command(*TINY, "--epochs", 1, "--no-lr-find").returncode == 0
-    assert files(tmp_path / "cwd/runs/002-demo") == {name for name in FILES if "lr_find" not in name}
+    assert command(*TINY, "--epochs", 1, "--no-lr-find", "--no-pictures").returncode == 0
+    assert files(tmp_path / "cwd/runs/002-demo") == {
+        name for name in FILES if "lr_find" not in name and not name.endswith((".png", ".svg", ".md"))
+    }
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_one_seed_one_result_with_and_without_the_range_test(tmp_path, capsys, workers):
-    common = {"recipe": "demo", "width": 4, "epochs": 2, "device": "cpu", "workers": workers}
+    common = {"recipe": "demo", "width": 4, "epochs": 2, "device": "cpu", "workers": workers, "no_pictures": True}
     main(**common, seed=1, out=str(tmp_path / "a"))
     main(**common, seed=1, out=str(tmp_path / "b"), no_lr_find=True, deterministic=True)
     first, second = weights(tmp_path / "a"), weights(tmp_path / "b")
@@ -134,6 +138,7 @@ def test_several_runs_are_those_of_their_seeds_and_a_table(tmp_path, capsys):
         "epochs": 1,
         "device": "cpu",
         "no_lr_find": True,
+        "no_pictures": True,
     }
     before = set(multiprocessing.active_children())
     main(**common, tta=True, seed=4, runs=2, workers=1, out=str(tmp_path / "both"))
@@ -181,7 +186,7 @@ def test_best_weights_stay_when_later_epochs_are_worse(tmp_path):
 
 
 def test_compile_changes_nothing_but_the_speed(tmp_path, capsys, monkeypatch):
-    common = {"recipe": "demo", "width": 2, "epochs": 1, "device": "cpu", "no_lr_find": True}
+    common = {"recipe": "demo", "width": 2, "epochs": 1, "device": "cpu", "no_lr_find": True, "no_pictures": True}
     main(**common, out=str(tmp_path / "a"))
     # With the default back end torch would need a C++ compiler, and a minute. This one traces the network too.
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
@@ -197,7 +202,7 @@ def test_compile_changes_nothing_but_the_speed(tmp_path, capsys, monkeypatch):
 
 
 def test_tta_averages_over_mirror_images_and_stands_beside_the_plain_figure(tmp_path, capsys):
-    common = {"recipe": "demo", "width": 4, "epochs": 2, "device": "cpu", "no_lr_find": True}
+    common = {"recipe": "demo", "width": 4, "epochs": 2, "device": "cpu", "no_lr_find": True, "no_pictures": True}
     with pytest.raises(InputError, match="--tta: flip is 0"):
         main(**common, tta=True, out=str(tmp_path / "demo"))
     assert not (tmp_path / "demo").exists()
@@ -305,4 +310,4 @@ def test_help_explains_every_option_at_once(command):
     options = re.findall(r"^  (--[a-z-]+)", result.stdout, re.M)
     assert {"--data", "--recipe", "--epochs", "--lr", "--bs", "--width", "--norm", "--seed", "--workers", "--valid",
             "--device", "--out", "--compile", "--tta", "--list-recipes", "--lr-find-only", "--no-lr-find",
-            "--runs", "--resume", "--max-minutes"} <= set(options)  # fmt: skip
+            "--runs", "--resume", "--max-minutes", "--no-pictures", "--deterministic"} <= set(options)  # fmt: skip

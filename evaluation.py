@@ -1,0 +1,92 @@
+"""What the trained network makes of the validation images: confusions, calibration, and where it looked."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from fastai.callback.hook import hook_output
+from fastai.learner import Learner
+from fastai.torch_core import TensorImage
+from sklearn.metrics import confusion_matrix
+from torch import Tensor
+from torch.nn import functional as F
+
+from images import ImageTable
+
+BINS = 15  # as in the paper on calibration below
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """probabilities: float (n, classes); labels: int (n,); `table[i]` is image i and the name of its class."""
+
+    table: ImageTable
+    labels: np.ndarray
+    probabilities: np.ndarray
+
+    @property
+    def predicted(self) -> np.ndarray:
+        """The most probable class of each image, (n,)."""
+        return self.probabilities.argmax(1)
+
+    @property
+    def confidence(self) -> np.ndarray:
+        """Its probability, (n,)."""
+        return self.probabilities.max(1)
+
+    @property
+    def right(self) -> np.ndarray:
+        """Whether it is the image's class, bool (n,)."""
+        return self.predicted == self.labels
+
+    def confusion(self) -> np.ndarray:
+        """The number of images, (classes, classes): a row for each true class, a column for each predicted one."""
+        return confusion_matrix(self.labels, self.predicted, labels=range(len(self.table.classes)))
+
+    def calibration(self) -> list[tuple[float, float, int]]:
+        """Mean confidence, accuracy and number of images for each bin of confidence that has any.
+
+        Source: Guo et al., "On Calibration of Modern Neural Networks" (2017), section 2.
+        """
+        bins = np.clip(np.ceil(self.confidence * BINS), 1, BINS)
+        masks = [bins == b for b in range(1, BINS + 1) if (bins == b).any()]
+        return [(float(self.confidence[m].mean()), float(self.right[m].mean()), int(m.sum())) for m in masks]
+
+    def calibration_error(self) -> float:
+        """The expected calibration error: by how much confidence and accuracy differ, 0 to 1. Source: as above."""
+        n = len(self.labels)
+        return sum(count / n * abs(accuracy - confidence) for confidence, accuracy, count in self.calibration())
+
+    def most_wrong(self, k: int) -> np.ndarray:
+        """The images that are taken for another class with the highest confidence, at most `k`."""
+        order = np.argsort(-self.confidence, kind="stable")
+        return order[~self.right[order]][:k]
+
+    def most_uncertain(self, k: int) -> np.ndarray:
+        """The images whose two most probable classes are the closest to each other, at most `k`."""
+        second, first = np.partition(self.probabilities, -2, axis=1)[:, -2:].T
+        return np.argsort(first - second, kind="stable")[:k]
+
+
+def evaluate(learn: Learner) -> Evaluation:
+    """The learner's predictions on its validation set: one forward pass."""
+    with learn.no_bar(), learn.no_logging():
+        probabilities, labels = learn.get_preds()
+    return Evaluation(learn.dls.valid_ds.items, labels.numpy(), probabilities.numpy())
+
+
+def grad_cam(learn: Learner, images: np.ndarray, classes: np.ndarray) -> np.ndarray:
+    """Where uint8 (n, 32, 32, 3) `images` speak for `classes` (n,), as the last block sees it: (n, 32, 32), 0 to 1.
+
+    Source: Selvaraju et al., "Grad-CAM" (2017), section 3.
+    """
+    x = TensorImage(torch.from_numpy(images).permute(0, 3, 1, 2).to(learn.dls.device))
+    x = learn.dls.valid.after_batch((x,))[0].as_subclass(Tensor)
+    model = learn.model.eval()
+    with hook_output(model.body[-1], detach=False) as hook, torch.enable_grad():
+        scores = model(x).gather(1, torch.from_numpy(classes).to(x.device)[:, None])
+        activations = hook.stored
+        (gradients,) = torch.autograd.grad(scores.sum(), activations)
+    maps = F.relu((gradients.mean((2, 3), keepdim=True) * activations).sum(1, keepdim=True)).detach()
+    maps = F.interpolate(maps, size=x.shape[2:], mode="bilinear")[:, 0]
+    return (maps / maps.amax((1, 2), keepdim=True).clamp(min=1e-12)).cpu().numpy()

@@ -1,0 +1,249 @@
+"""The pictures of runs, drawn with matplotlib's `Figure`: a notebook's own figures and backend stay as they are."""
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from fastai.data.core import DataLoaders
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from evaluation import Evaluation
+from lr_finder import RangeTest, default_method
+from recipes import Recipe
+from run import complete
+
+# Okabe and Ito's palette, which the colour-blind can tell apart
+BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#777777"
+MARKS = (ORANGE, "black", GREEN, PURPLE, GREY)
+COLORS = (BLUE, ORANGE, GREEN, PURPLE, GREY, "black", "#56B4E9", "#E69F00")
+
+
+def _save(figure: Figure, path: Path, comment: str | None = None, svg: bool = False) -> None:
+    with complete(path) as beside:
+        figure.savefig(beside, dpi=120, metadata={"Comment": comment} if comment else None)
+    if svg:
+        with complete(path.with_suffix(".svg")) as beside, rc_context({"svg.hashsalt": "the same twice"}):
+            figure.savefig(beside, metadata={"Date": None})
+
+
+def _axes(title: str, xlabel: str, ylabel: str, size: tuple[float, float] = (7, 4.2)) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots()
+    axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def save_augmentations(dls: DataLoaders, path: Path, columns: int = 8, draws: int = 4) -> None:
+    """A column an image: the original on top, what `draws` epochs make of it below, under the name of its class."""
+    table, dl = dls.train_ds.items, dls.train
+    rows = np.random.default_rng(0).permutation(len(table))[:columns].tolist()
+    originals, labels = table.batch(rows)
+    grid = [originals] + [dl.augment(originals, epoch, range(columns)) for epoch in range(draws)]
+    figure = Figure(figsize=(1.2 * columns, 1.2 * (draws + 1) + 0.5), layout="constrained")
+    axes = figure.subplots(draws + 1, columns, squeeze=False)
+    for i, images in enumerate(grid):
+        for j, image in enumerate(images):
+            axes[i, j].imshow(image, interpolation="nearest")
+            axes[i, j].set(xticks=[], yticks=[])
+            axes[i, j].spines[:].set_visible(False)
+        axes[i, 0].set_ylabel("original" if i == 0 else f"draw {i}")
+    for ax, label in zip(axes[0], labels, strict=False):
+        ax.set_title(table.classes[label][:14], fontsize=10)
+    _save(figure, path)
+
+
+def save_lr_find(test: RangeTest, path: Path, chosen: float | None) -> None:
+    """The range test's curve with each suggestion, and the learning rate that training uses, if there is one."""
+    figure, axes = _axes("Learning-rate range test", "learning rate", "training loss")
+    axes.set_xscale("log")
+    axes.plot(test.lrs, test.batch_losses, ".", ms=4, color=BLUE, alpha=0.5, label="each batch")
+    axes.plot(test.lrs, test.losses, color=BLUE, label="smoothed, as fastai does")
+    for (name, lr), marker, color in zip(test.suggestions.items(), "*os^D", MARKS, strict=True):
+        if lr is not None:
+            label = f"{name}: {lr:.2g}" + (" (default suggestion)" if name == test.default else "")
+            axes.plot(lr, test.loss_at(lr), marker, color=color, ms=11 if name == test.default else 6, label=label)
+    if chosen is not None:
+        axes.axvline(chosen, color="black", lw=1, ls="--", label=f"this run's peak: {chosen:.2g}")
+    if test.losses:
+        # The divergence at the end would flatten the valley, which is what one looks at.
+        low, start = min(test.batch_losses), test.losses[0]
+        axes.set_ylim(low - 0.15 * (start - low + 0.1), start + 0.6 * (start - low + 0.1))
+    else:
+        axes.text(0.5, 0.5, "the loss was not finite from the first batch on", ha="center", transform=axes.transAxes)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(loc="lower left", frameon=False, fontsize="small")
+    _save(figure, path)
+
+
+def save_history(history: list[dict], folder: Path, what: str) -> None:
+    """`loss.png` and `accuracy.png`: both curves over the epochs, the best and the last validation accuracy marked."""
+    epochs = [row["epoch"] for row in history]
+    for kind, scale, unit in (("loss", 1, ""), ("accuracy", 100, " in %")):
+        figure, axes = _axes(f"{kind.capitalize()}: {what}", "epoch", kind + unit)
+        train, valid = ([scale * row[f"{part}_{kind}"] for row in history] for part in ("train", "valid"))
+        axes.plot(epochs, train, "o-", ms=3, color=BLUE, label="training, augmented images")
+        axes.plot(epochs, valid, "s-", ms=3, color=ORANGE, label="validation")
+        if kind == "accuracy":
+            best = max(range(len(valid)), key=valid.__getitem__)
+            label = f"best, chosen on the validation set: {valid[best]:.2f} % in epoch {epochs[best]}"
+            axes.plot(epochs[best], valid[best], "s", ms=10, mfc="none", color="black", label=label)
+            axes.plot([], [], " ", label=f"last epoch: {valid[-1]:.2f} %")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.legend(frameon=False)
+        _save(figure, folder / f"{kind}.png", svg=True)
+
+
+def save_comparison(groups: dict[str, list[dict]], path: Path, comment: str | None = None) -> None:
+    """The validation accuracy over the epochs: for each group the mean of its runs, and a band from lowest to highest.
+
+    groups: what is in the `result.json` of runs on the same data.
+    """
+    first = next(iter(groups.values()))[0]
+    widths = {run["width"] for runs in groups.values() for run in runs}
+    title = first["source"] + (f", width {first['width']}" if len(widths) == 1 else "")
+    figure, axes = _axes(title, "epoch", "validation accuracy in %")
+    for (name, runs), color in zip(groups.items(), COLORS, strict=False):
+        curves = np.array([[100 * row["valid_accuracy"] for row in run["history"]] for run in runs])
+        x, last = range(1, curves.shape[1] + 1), curves[:, -1]
+        axes.fill_between(x, curves.min(0), curves.max(0), color=color, alpha=0.2, lw=0)
+        label = f"{name}: {last.mean():.2f} % at the end, {len(runs)} seed{'s' * (len(runs) > 1)}"
+        axes.plot(x, curves.mean(0), "o-", ms=3, color=color, label=label)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend(frameon=False, loc="lower right")
+    _save(figure, path, comment)
+
+
+def save_peaks(sweep: dict, path: Path, comment: str | None = None) -> None:
+    """The accuracy that each peak learning rate reaches, and where the range test's suggestions lie.
+
+    sweep: what `benchmarks/sweeps.py peaks --save FILE` wrote.
+    """
+    arguments = sweep["arguments"]
+    title = f"{arguments['recipe']}, {arguments['data']}, width {arguments['width']}, {arguments['epochs']} epochs"
+    figure, axes = _axes(title, "peak learning rate", "accuracy on the hold-out in %")
+    axes.set_xscale("log")
+    # A run whose loss was not finite has no accuracy.
+    points = [(row["lr"], 100 * (row["last_accuracy"] or np.nan), row["suggested"]) for row in sweep["peaks"]]
+    lrs = sorted({lr for lr, _, suggested in points if not suggested})
+    axes.plot(lrs, [np.mean([v for x, v, suggested in points if x == lr and not suggested]) for lr in lrs], color=BLUE)
+    for suggested, marker, size in ((False, "o", 5), (True, "*", 11)):
+        x, y = zip(*((x, v) for x, v, s in points if s is suggested), strict=True)
+        axes.plot(x, y, marker, ms=size, color=ORANGE if suggested else BLUE)
+    default = default_method(sweep["suggestions"])
+    for (name, lr), color in zip(sweep["suggestions"].items(), MARKS, strict=True):
+        if lr is not None:
+            label = f"{name}: {lr:.2g}" + (" (default suggestion)" if name == default else "")
+            axes.axvline(lr, color=color, ls="-" if name == default else "--", label=label)
+    axes.legend(frameon=False, loc="lower center")
+    _save(figure, path, comment)
+
+
+def save_schedules(recipes: dict[str, Recipe], path: Path, comment: str | None = None, svg: bool = False) -> None:
+    """The learning rate of each recipe over its epochs; where the validation loss decides, its start, dashed."""
+    figure, axes = _axes("Learning rate", "epoch", "learning rate")
+    for (name, recipe), color in zip(recipes.items(), COLORS, strict=False):
+        position = np.linspace(0, 1, 1000)
+        scheduler = recipe.schedule.callbacks(recipe.lr)[0]
+        if hasattr(scheduler, "scheds"):
+            lr, style = [scheduler.scheds["lr"](p) for p in position], "-"
+        else:
+            lr, style, name = np.full(1000, recipe.lr), "--", f"{name}, until the loss stalls"
+        axes.plot(position * recipe.epochs, lr, style, color=color, label=name)
+    axes.legend(loc="upper right", frameon=False)
+    _save(figure, path, comment, svg)
+
+
+def save_confusion(evaluation: Evaluation, path: Path) -> None:
+    """How many images of each class (a row) are taken for each (a column); the shade is the part of the row."""
+    counts, names = evaluation.confusion(), _short(evaluation.table.classes)
+    n = len(names)
+    side = max(5.5, min(0.55 * n + 1.5, 14))
+    figure, axes = _axes("Confusions", "predicted class", "true class", (side + 0.5, side))
+    axes.grid(False)
+    shade = counts / counts.sum(1, keepdims=True).clip(min=1)
+    axes.imshow(shade, cmap="Blues", vmin=0, vmax=1)
+    if n <= 25:  # more would be a grey blur
+        axes.set_xticks(range(n), names, rotation=45, ha="right")
+        axes.set_yticks(range(n), names)
+        for (row, column), count in np.ndenumerate(counts):
+            if count:
+                color = "white" if shade[row, column] > 0.5 else "black"
+                axes.text(column, row, count, ha="center", va="center", color=color, fontsize=8)
+    _save(figure, path)
+
+
+def save_classes(evaluation: Evaluation, path: Path) -> None:
+    """The accuracy of each class, the lowest first; of more than 40 classes the lowest 40."""
+    counts = evaluation.confusion()
+    accuracies = 100 * counts.diagonal() / counts.sum(1).clip(min=1)
+    order = np.argsort(accuracies, kind="stable")[:40]
+    size = (7, max(2.5, 0.28 * len(order) + 1.2))
+    title = f"Accuracy of each class, dashed: of all, {100 * evaluation.right.mean():.2f} %"
+    figure, axes = _axes(title, "accuracy in %", "", size)
+    axes.barh([_short(evaluation.table.classes)[i] for i in order], accuracies[order], color=BLUE)
+    for row, i in enumerate(order):
+        axes.text(102, row, f"{accuracies[i]:.1f} % of {counts[i].sum()}", va="center", fontsize=8)
+    axes.axvline(100 * evaluation.right.mean(), color="black", lw=1, ls="--")
+    axes.invert_yaxis()
+    axes.set(xlim=(0, 124), xticks=range(0, 101, 20))
+    axes.grid(False, axis="y")
+    _save(figure, path)
+
+
+def save_reliability(evaluation: Evaluation, path: Path) -> None:
+    """How often the network is right where it is how sure of it, and how many images there are of that kind."""
+    confidence, accuracy, count = (np.array(part) for part in zip(*evaluation.calibration(), strict=True))
+    title = f"Reliability: expected calibration error {100 * evaluation.calibration_error():.1f} %"
+    figure, axes = _axes(title, "confidence: probability of the predicted class", "accuracy", (6, 5))
+    axes.plot([0, 1], [0, 1], color=GREY, ls="--", label="as sure as right")
+    axes.plot(confidence, accuracy, "o-", color=BLUE, label="this network")
+    parts = axes.inset_axes((0, -0.42, 1, 0.22), sharex=axes)
+    parts.bar(confidence, count, width=0.03, color=BLUE)
+    parts.set(yscale="log", ylabel="images")
+    parts.spines[["top", "right"]].set_visible(False)
+    axes.set(xlim=(0, 1.02), ylim=(0, 1.02))
+    axes.legend(frameon=False, loc="upper left")
+    _save(figure, path)
+
+
+def save_examples(evaluation: Evaluation, chosen: np.ndarray, maps: np.ndarray, title: str, path: Path) -> None:
+    """The `chosen` images with what they are taken for; under each where the network saw that, from `grad_cam`."""
+    columns = 6
+    rows = max(1, -(-len(chosen) // columns))
+    figure = Figure(figsize=(8.4, 3.1 * rows + 0.5), layout="constrained")
+    figure.suptitle(title if len(chosen) else f"{title}: there are none")
+    grid = figure.subplots(2 * rows, columns, squeeze=False)
+    for axes in grid.flat:
+        axes.set_axis_off()
+    names = _short(evaluation.table.classes)
+    for k, (i, heat) in enumerate(zip(chosen, maps, strict=True)):
+        top, bottom = grid[2 * (k // columns), k % columns], grid[2 * (k // columns) + 1, k % columns]
+        image, is_label, label = evaluation.table[i].image, evaluation.labels[i], evaluation.predicted[i]
+        right = " ✓" if is_label == label else f"\nis {names[is_label]}"
+        top.set_title(f"{names[label]} {evaluation.confidence[i]:.0%}{right}", fontsize=9)
+        top.imshow(image, interpolation="nearest")
+        bottom.imshow(image.mean(2), cmap="gray", interpolation="nearest")
+        bottom.imshow(heat, cmap="inferno", alpha=0.55, vmin=0, vmax=1)
+    _save(figure, path)
+
+
+def _short(names: Sequence[str]) -> list[str]:
+    return [name if len(name) <= 14 else f"{name[:13]}…" for name in names]
+
+
+def runs_table(results: list[dict]) -> str:
+    """The accuracies of several runs in percent, a line each, and mean, standard deviation, minimum and maximum."""
+    names = {"last_accuracy": "last epoch", "tta_accuracy": "with TTA"}
+    names = {key: name for key, name in names.items() if results[0][key] is not None}
+    columns = [np.array([100 * result[key] for result in results]) for key in names]
+    rows = [("seed", *names.values())]
+    rows += [(result["seed"], *(f"{column[i]:.2f}" for column in columns)) for i, result in enumerate(results)]
+    overall = (("mean", np.mean), ("std", partial(np.std, ddof=1)), ("min", np.min), ("max", np.max))
+    for name, of in overall if len(results) > 1 else ():
+        rows.append((name, *(f"{of(column):.2f}" for column in columns)))
+    return "\n".join(f"{first!s:<6}" + "".join(f"{cell:>12}" for cell in rest) for first, *rest in rows)

@@ -1,0 +1,166 @@
+"""What a run says about itself: the figures of its evaluation, its pictures, its README, and several runs compared."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import report
+from errors import InputError, run_command
+from evaluation import Evaluation, evaluate, grad_cam
+from images import ImageTable
+from report import CAPTIONS
+from train_fastai import main
+
+SMALL = {"data": "digits", "bs": 128, "width": 4, "epochs": 2, "lr": "0.1", "device": "cpu", "no_lr_find": True}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The folder of a run with all its pictures."""
+    folder = tmp_path_factory.mktemp("runs") / "a"
+    main(**SMALL, recipe="fast", seed=3, tta=True, out=str(folder))
+    return folder
+
+
+def evaluation(probabilities, labels, classes=("cat", "dog", "owl")):
+    n = len(labels)
+    table = ImageTable(
+        "t", classes, np.zeros((n, 32, 32, 3), np.uint8), np.array(labels), np.ones(n, bool), np.arange(n)
+    )
+    return Evaluation(table, np.array(labels), np.array(probabilities))
+
+
+def test_the_figures_of_an_evaluation():
+    e = evaluation(
+        [[0.8, 0.1, 0.1], [0.6, 0.39, 0.01], [0.05, 0.9, 0.05], [0.4, 0.35, 0.25], [0.02, 0.03, 0.95]], [0, 1, 0, 2, 2]
+    )
+    assert e.right.tolist() == [True, False, False, False, True]
+    assert e.confusion().tolist() == [[1, 1, 0], [1, 0, 0], [1, 0, 1]]
+    assert e.most_wrong(5).tolist() == [2, 1, 3], "the surest first, and no right one"
+    assert e.most_wrong(1).tolist() == [2]
+    assert e.most_uncertain(2).tolist() == [3, 1]
+    # each in a bin of its own
+    assert e.calibration_error() == pytest.approx((0.2 + 0.6 + 0.9 + 0.4 + 0.05) / 5)
+
+
+def test_calibration_is_counted_in_bins():
+    confidence = np.array([0.91, 0.92, 0.93, 0.61, 0.66, 1.0])  # bins are 1/15 wide
+    e = evaluation(np.stack([confidence, 1 - confidence], 1), [0, 1, 0, 0, 1, 0], ("cat", "dog"))
+    assert [count for _, _, count in e.calibration()] == [2, 3, 1]
+    low, high, _ = e.calibration()
+    assert low[:2] == pytest.approx((0.635, 0.5))
+    assert high[:2] == pytest.approx((0.92, 2 / 3))
+    assert e.calibration_error() == pytest.approx((2 * 0.135 + 3 * (0.92 - 2 / 3) + 0) / 6)
+
+
+def test_the_evaluation_is_that_of_the_validation_set(learner):
+    e = evaluate(learner)
+    assert e.right.mean() == pytest.approx(learner.validate()[1])
+    assert e.probabilities.sum(1) == pytest.approx(1, abs=1e-5)
+    images = [e.table[i] for i in range(len(e.table))]
+    assert [item.label for item in images] == [e.table.classes[i] for i in e.labels]
+
+
+def test_grad_cam_shows_what_the_prediction_rests_on(learner):
+    """To grey out where it is hot costs the score more than to grey out as much where it is cold."""
+    e = evaluate(learner)
+    chosen = np.arange(0, 350, 5)
+    images, _ = e.table.batch(chosen.tolist())
+    maps = grad_cam(learner, images, e.predicted[chosen])
+    assert maps.shape == (70, 32, 32)
+    assert maps.min() >= 0
+    assert maps.max() <= 1
+    order, scores = maps.reshape(70, -1).argsort(1), []
+    for part in (order[:, :256], order[:, -256:]):
+        changed = images.copy().reshape(70, 1024, 3)
+        changed[np.arange(70)[:, None], part] = 80  # the mean grey
+        with learner.no_bar():
+            probabilities, _ = learner.get_preds(dl=learner.dls.test_dl(list(changed.reshape(images.shape))))
+        scores.append(probabilities[torch.arange(70), torch.from_numpy(e.predicted[chosen])].mean())
+    cold, hot = scores
+    assert hot < cold - 0.1
+
+
+def test_a_run_shows_itself(run):
+    result = json.loads((run / "result.json").read_text())
+    text = (run / "README.md").read_text()
+    for name in CAPTIONS:
+        assert (name == "lr_find") or f"]({name}.png)" in text, name
+    for picture in run.glob("*.png"):
+        assert f"({picture.name})" in text
+        assert np.asarray(Image.open(picture).convert("RGB")).std() > 10, f"{picture} shows something"
+    command = "--data digits --epochs 2 --lr 0.1 --bs 128 --width 4 --seed 3 --device cpu --tta --no-lr-find"
+    assert f"```sh\npython train_fastai.py {command}\n```" in text
+    for value in (result["last_accuracy"], result["tta_accuracy"], result["calibration_error"]):
+        assert f"| {100 * value:.2f} % |" in text
+    assert f"epoch {result['best_epoch']}, chosen on these images" in text
+    assert text.startswith("---\nlibrary_name: fastai\n")
+    assert "359 images, the test set" in text
+    assert result["fingerprint"] in text
+
+
+def test_it_can_be_drawn_again(run, capsys):
+    before = {path: path.read_bytes() for path in run.iterdir() if path.suffix in (".png", ".svg", ".md")}
+    for path in before:
+        path.unlink()
+    report.main([str(run)], device="cpu")
+    assert {path: path.read_bytes() for path in before} == before
+    assert capsys.readouterr().out.splitlines()[-1] == f"see          {run / 'README.md'}"
+
+
+def test_runs_are_compared(run, tmp_path, capsys):
+    result = json.loads((run / "result.json").read_text())
+    folders = [str(run)]
+    for name, change in {
+        "b": {"seed": 4, "last_accuracy": 0.5},
+        "c": {"recipe": "seed", "last_accuracy": 0.25},
+    }.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "result.json").write_text(json.dumps(result | change))
+        folders.append(str(tmp_path / name))
+    report.main(folders, picture=str(tmp_path / "comparison.png"))
+    out = capsys.readouterr().out
+    fast, seed = out.split("seed, width 4, 2 epochs: ")
+    assert f"mean         {50 * (result['last_accuracy'] + 0.5):.2f}" in fast
+    assert "25.00" in seed
+    assert "mean" not in seed, "of one run"
+    assert np.asarray(Image.open(tmp_path / "comparison.png").convert("RGB")).std() > 10
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (None, "not the folder of a run that has ended, no result.json"),
+        ("words", "result.json: not that of a run of this version"),
+        ({"arguments": {"epochs": 3}}, "result.json: not that of a run of this version"),
+        ({"source": "cifar10"}, "source is cifar10 in one, digits in another; compare like with like"),
+        ({"valid": "holdout"}, "valid is holdout in one, test in another; compare like with like"),
+    ],
+)
+def test_what_cannot_be_compared_is_one_line(run, tmp_path, monkeypatch, capsys, change, expected):
+    if change:
+        result = json.loads((run / "result.json").read_text())
+        (tmp_path / "result.json").write_text(change if isinstance(change, str) else json.dumps(result | change))
+    picture = tmp_path / "comparison.png"
+    monkeypatch.setattr(sys, "argv", ["report.py", str(run), str(tmp_path), "--picture", str(picture)])
+    with pytest.raises(SystemExit) as stop:
+        run_command(report.main)
+    assert stop.value.code == 2
+    errors = capsys.readouterr().err
+    assert expected in errors
+    assert errors.count("\n") == 1
+    assert not picture.exists()
+
+
+def test_other_images_are_not_those_of_the_run(tmp_path, image_folder):
+    root = image_folder()
+    options = {**SMALL, "data": str(root), "bs": 2, "epochs": 1}
+    main(**options, out=str(tmp_path / "run"))
+    assert len(list((tmp_path / "run").glob("*.png"))) == 9, "few images, and classes without a mistake, are drawn too"
+    (root / "train/cat/000.png").write_bytes((root / "train/dog/000.png").read_bytes())
+    with pytest.raises(InputError, match="are not those that it was trained on"):
+        report.main([str(tmp_path / "run")], device="cpu")
