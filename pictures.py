@@ -225,7 +225,7 @@ def save_examples(evaluation: Evaluation, chosen: np.ndarray, maps: np.ndarray, 
         top, bottom = grid[2 * (k // columns), k % columns], grid[2 * (k // columns) + 1, k % columns]
         image, is_label, label = evaluation.table[i].image, evaluation.labels[i], evaluation.predicted[i]
         right = " ✓" if is_label == label else f"\nis {names[is_label]}"
-        top.set_title(f"{names[label]} {evaluation.confidence[i]:.0%}{right}", fontsize=9)
+        top.set_title(f"{names[label]}, {100 * evaluation.confidence[i]:.0f} %{right}", fontsize=9)
         top.imshow(image, interpolation="nearest")
         bottom.imshow(image.mean(2), cmap="gray", interpolation="nearest")
         bottom.imshow(heat, cmap="inferno", alpha=0.55, vmin=0, vmax=1)
