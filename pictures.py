@@ -80,8 +80,11 @@ def save_lr_find(test: RangeTest, path: Path, chosen: float | None) -> None:
     _save(figure, path)
 
 
-def save_history(history: list[dict], folder: Path, what: str) -> None:
-    """`loss.png` and `accuracy.png`: both curves over the epochs, the best and the last validation accuracy marked."""
+def save_history(history: list[dict], folder: Path, what: str, seed_curve: list[float] | None = None) -> None:
+    """`loss.png` and `accuracy.png`: both curves over the epochs, the best and the last validation accuracy marked.
+
+    seed_curve: the validation accuracy, 0 to 1, in each epoch of the recipe `seed`, for comparison.
+    """
     epochs = [row["epoch"] for row in history]
     for kind, scale, unit in (("loss", 1, ""), ("accuracy", 100, " in %")):
         figure, axes = _axes(f"{kind.capitalize()}: {what}", "epoch", kind + unit)
@@ -93,13 +96,16 @@ def save_history(history: list[dict], folder: Path, what: str) -> None:
             label = f"best, chosen on the validation set: {valid[best]:.2f} % in epoch {epochs[best]}"
             axes.plot(epochs[best], valid[best], "s", ms=10, mfc="none", color="black", label=label)
             axes.plot([], [], " ", label=f"last epoch: {valid[-1]:.2f} %")
+            if seed_curve is not None:
+                curve = 100 * np.array(seed_curve)
+                axes.plot(range(1, len(curve) + 1), curve, lw=1, color=GREY, label="recipe seed, for comparison")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend(frameon=False)
         _save(figure, folder / f"{kind}.png", svg=True)
 
 
 def save_comparison(groups: dict[str, list[dict]], path: Path, comment: str | None = None) -> None:
-    """The validation accuracy over the epochs: for each group the mean of its runs, and a band from lowest to highest.
+    """The validation accuracy over the epochs: the mean of each group's runs, within a band of one standard deviation.
 
     groups: what is in the `result.json` of runs on the same data.
     """
@@ -110,9 +116,10 @@ def save_comparison(groups: dict[str, list[dict]], path: Path, comment: str | No
     for (name, runs), color in zip(groups.items(), COLORS, strict=False):
         curves = np.array([[100 * row["valid_accuracy"] for row in run["history"]] for run in runs])
         x, last = range(1, curves.shape[1] + 1), curves[:, -1]
-        axes.fill_between(x, curves.min(0), curves.max(0), color=color, alpha=0.2, lw=0)
+        mean, std = curves.mean(0), curves.std(0, ddof=1) if len(runs) > 1 else 0
+        axes.fill_between(x, mean - std, mean + std, color=color, alpha=0.2, lw=0)
         label = f"{name}: {last.mean():.2f} % at the end, {len(runs)} seed{'s' * (len(runs) > 1)}"
-        axes.plot(x, curves.mean(0), "o-", ms=3, color=color, label=label)
+        axes.plot(x, mean, "o-", ms=3, color=color, label=label)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(frameon=False, loc="lower right")
     _save(figure, path, comment)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from evaluation import Evaluation
 
 EXAMPLES = 12  # images in a picture of them
+RESULTS = Path(__file__).parent / "results/runs"
 CAPTIONS = {
     "accuracy": "Accuracy over the epochs",
     "loss": "Loss over the epochs",
@@ -43,7 +44,7 @@ def write_report(learn: "Learner", result: dict, evaluation: "Evaluation") -> No
 
     run = learn.path
     what = f"{result['source']}, recipe {result['recipe']}, width {result['width']}, seed {result['seed']}"
-    save_history(result["history"], run, what)
+    save_history(result["history"], run, what, seed_curve(result))
     recipe = replace(recipe_of(result["arguments"]), lr=result["peak_lr"])
     save_schedules({result["recipe"]: recipe}, run / "schedule.png", svg=True)
     save_confusion(evaluation, run / "confusion.png")
@@ -57,6 +58,16 @@ def write_report(learn: "Learner", result: dict, evaluation: "Evaluation") -> No
         maps = grad_cam(learn, images, evaluation.predicted[chosen]) if len(chosen) else []
         save_examples(evaluation, chosen, maps, title, run / f"{name}.png")
     write_card(run, result)
+
+
+def seed_curve(result: dict) -> list[float] | None:
+    """The mean accuracy in each epoch of the recipe `seed` on the same data and width, if it is among our results."""
+    same = ("source", "fingerprint", "width", "valid")
+    others = [json.loads(path.read_text()) for path in RESULTS.glob("seed-*.json")]
+    others = [other["history"] for other in others if all(other[name] == result[name] for name in same)]
+    if not others or result["recipe"] == "seed":
+        return None
+    return [sum(row["valid_accuracy"] for row in epoch) / len(epoch) for epoch in zip(*others, strict=True)]
 
 
 def write_card(run: Path, result: dict) -> None:

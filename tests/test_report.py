@@ -103,6 +103,18 @@ def test_a_run_shows_itself(run):
     assert result["fingerprint"] in text
 
 
+def test_the_recipe_seed_stands_beside_it_where_it_was_measured(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    result = json.loads((run / "result.json").read_text())
+    for seed, accuracies in enumerate(((0.2, 0.4), (0.4, 0.8))):
+        history = [{"valid_accuracy": accuracy} for accuracy in accuracies]
+        (tmp_path / f"seed-{seed}.json").write_text(json.dumps(result | {"history": history}))
+    assert report.seed_curve(result) == pytest.approx([0.3, 0.6])
+    assert report.seed_curve(result | {"recipe": "seed"}) is None, "that is the recipe itself"
+    for name in ("source", "fingerprint", "width", "valid"):
+        assert report.seed_curve(result | {name: "another"}) is None
+
+
 def test_it_can_be_drawn_again(run, capsys):
     before = {path: path.read_bytes() for path in run.iterdir() if path.suffix in (".png", ".svg", ".md")}
     for path in before:

@@ -69,7 +69,7 @@ def test_the_whole_job(command, tmp_path):
 
     test = json.loads((run / "lr_find.json").read_text())
     assert test["chosen"] == 0.2
-    assert set(test["suggestions"]) == {"valley", "slide", "minimum", "steep"}
+    assert set(test["suggestions"]) == {"edge", "valley", "slide", "minimum", "steep"}
     points = list(csv.DictReader((run / "lr_find.csv").open()))
     assert len(points) > 20
     assert all(float(p["lr"]) > 0 and np.isfinite(float(p["loss"])) for p in points)
