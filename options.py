@@ -76,15 +76,8 @@ def resumed(func: Callable, given: dict) -> tuple[Path | None, dict]:
         raise InputError(f"--resume {run}: there is no run to go on with, no config.json ({e.strerror})") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise InputError(f"{run}/config.json: not that of a run of this version of the project") from None
-    free = (
-        "resume",
-        "out",
-        "runs",
-        "device",
-        "workers",
-        "max_minutes",
-        "no_pictures",
-    )  # change nothing in what is learned
+    # What changes nothing in what is learned
+    free = ("resume", "out", "runs", "device", "workers", "max_minutes", "log", "no_pictures")
     now = {name: value for name, value in given.items() if value != defaults(func)[name]}
     for name, value in now.items():
         if name not in free and str(value) not in (str(started.get(name)), str(config.get(name))):

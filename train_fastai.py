@@ -130,7 +130,7 @@ def main(
     log: Annotated[str, {"choices": ["tensorboard", "wandb"]}] = None,  # Log every batch there, too
     tta: bool = False,  # At the end test on each image together with its mirror image, too
     compile: bool = False,  # Compile the network with torch.compile: about a minute more before the first step
-    deterministic: bool = False,  # On CUDA the same weights twice, a little slower; on a CPU that is always so
+    deterministic: bool = False,  # On CUDA, too, the same weights for the same seed; on a CPU that is always so
     lr_find_only: bool = False,  # Stop after the range test
     no_lr_find: bool = False,  # Train without a range test
     no_pictures: bool = False,  # Leave out the pictures and the README of the run folder
@@ -235,7 +235,9 @@ def _train(options: SimpleNamespace, settings: Recipe, run: Path | None) -> dict
             print(f"range test   {test}")
             if options.lr_find_only:
                 again = command_line(main, vars(options), lr="LR", lr_find_only=False, out=None)
-                print(f"see          {run / 'lr_find.png'}\ntrain        {again}")
+                print(
+                    f"see          {run / ('lr_find.csv' if options.no_pictures else 'lr_find.png')}\ntrain        {again}"
+                )
                 return None
             if peak is None:
                 raise InputError("--lr auto: the range test's curve is too short for a suggestion; pass --lr NUMBER")
