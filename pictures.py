@@ -140,13 +140,14 @@ def save_peaks(sweep: dict, path: Path, comment: str | None = None) -> None:
     axes.plot(lrs, [np.mean([v for x, v, suggested in points if x == lr and not suggested]) for lr in lrs], color=BLUE)
     for suggested, marker, size in ((False, "o", 5), (True, "*", 11)):
         x, y = zip(*((x, v) for x, v, s in points if s is suggested), strict=True)
-        axes.plot(x, y, marker, ms=size, color=ORANGE if suggested else BLUE)
+        label = "trained at the default suggestion" if suggested else None
+        axes.plot(x, y, marker, ms=size, color=ORANGE if suggested else BLUE, label=label)
     default = default_method(sweep["suggestions"])
     for (name, lr), color in zip(sweep["suggestions"].items(), MARKS, strict=True):
         if lr is not None:
             label = f"{name}: {lr:.2g}" + (" (default suggestion)" if name == default else "")
             axes.axvline(lr, color=color, ls="-" if name == default else "--", label=label)
-    axes.legend(frameon=False, loc="lower center")
+    figure.legend(frameon=False, loc="outside lower center", ncols=3, fontsize="small")
     _save(figure, path, comment)
 
 

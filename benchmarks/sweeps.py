@@ -52,19 +52,19 @@ def result_of(folder: Path, **arguments) -> dict | None:
     return json.loads((folder / "result.json").read_text())
 
 
-def peaks(out: Path, seeds: int, **arguments) -> dict:
-    """The last epoch's accuracy at each peak, and at the one that the range test suggests to that seed.
+def peaks(out: Path, seeds: int, lrs: list[float], **arguments) -> dict:
+    """The last epoch's accuracy at each of `lrs`, and at the peak that the range test suggests to that seed.
 
     Of the range tests' other suggestions those to the first seed are kept.
     """
     rows, tests = [], []
     for seed in range(seeds):
-        for lr in [*PEAKS, None]:
+        for lr in [*lrs, None]:
             suggested = lr is None
             lr = tests[-1]["suggestions"][tests[-1]["default"]] if suggested else lr
             folder = out / f"lr-{lr:.3g}{'-suggested' * suggested}-seed-{seed}"
-            result = result_of(folder, lr=f"{lr:.6g}", seed=seed, no_lr_find=lr != PEAKS[0], **arguments)
-            if lr == PEAKS[0]:
+            result = result_of(folder, lr=f"{lr:.6g}", seed=seed, no_lr_find=lr != lrs[0], **arguments)
+            if lr == lrs[0]:
                 tests.append(json.loads((folder / "lr_find.json").read_text()))
             accuracy = result and result["last_accuracy"]
             rows.append({"lr": float(f"{lr:.6g}"), "seed": seed, "suggested": suggested, "last_accuracy": accuracy})
@@ -89,6 +89,7 @@ def main(
     width: int = 16,  # Channels of the network's first stage
     epochs: int = None,  # Of each run [3 for peaks, else the recipe's]
     seeds: int = 1,  # How many, from 0 on
+    lrs: Annotated[float, {"nargs": "+"}] = None,  # Peaks to try [eight from 0.01 to 10]
     device: str = "auto",  # auto, cpu or cuda
     out: str = None,  # Folder of the runs [runs/SWEEP]
     save: str = None,  # Write the figures of peaks to this JSON file
@@ -101,7 +102,7 @@ def main(
     if sweep == "ablation":
         ablation(folder, seeds, **arguments)
         return
-    figures = peaks(folder, seeds, **arguments | {"epochs": epochs or 3})
+    figures = peaks(folder, seeds, lrs or PEAKS, **arguments | {"epochs": epochs or 3})
     if save:
         from run import write_json
 

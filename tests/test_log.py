@@ -39,6 +39,7 @@ def test_wandb_without_a_network_and_without_a_key(tmp_path):
     words = [f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}") for name, value in SMALL.items()]
     command = [sys.executable, "-W", "ignore", str(ROOT / "train_fastai.py"), *words, "--log", "wandb", "--out"]
     env = {**os.environ, "WANDB_MODE": "offline", "WANDB_SILENT": "true", "HOME": str(tmp_path)}
+    env.pop("WANDB_API_KEY", None)
     result = subprocess.run([*command, tmp_path / "run"], env=env, capture_output=True, text=True, timeout=200)
     assert result.returncode == 0, result.stderr
     (log,) = (tmp_path / "run/wandb").glob("offline-run-*/run-*.wandb")
