@@ -126,7 +126,8 @@ def set_deterministic(on: bool, device: "torch.device") -> None:
     on = on and device.type == "cuda"
     if on:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS may sum in a changing order
-    torch.use_deterministic_algorithms(on)
+    if on != torch.are_deterministic_algorithms_enabled():  # the next line imports for more than a second
+        torch.use_deterministic_algorithms(on)
 
 
 def check_compiler(device: "torch.device") -> None:
