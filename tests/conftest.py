@@ -10,6 +10,8 @@ import tarfile
 import zipfile
 from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two tests run at a time
+
 import numpy as np
 import pytest
 from PIL import Image
