@@ -25,7 +25,7 @@ class SmoothLoss(AvgSmoothLoss):
 
     def accumulate(self, learn):
         self.count += 1
-        loss = to_detach(learn.loss.mean(), cpu=False)
+        loss = to_detach(learn.loss.mean(), cpu=False, gather=False)
         self.val = torch.lerp(loss, self.val.to(loss.device), self.beta)
 
 

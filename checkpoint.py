@@ -13,14 +13,17 @@ from time import perf_counter
 import numpy as np
 import torch
 from fastai.callback.core import Callback, CancelFitException
-from fastai.torch_core import get_random_states, set_random_states
+from fastai.learner import get_model
+from fastai.torch_core import get_random_states, num_distrib, rank_distrib, set_random_states
 from torch import nn
 
+from distributed import Vote
 from errors import InputError
 from run import complete
 
 NAME, BEFORE = "checkpoint.pth", "checkpoint-before.pth"
-FORMAT = 1  # changes with what is in the file
+FORMAT = 2  # changes with what is in the file
+STOPS = {1: ("after --max-minutes", 0), 130: ("by Ctrl-C", 130), 143: ("by SIGTERM", 143)}  # in words, for the shell
 KEYS = {"format", "epoch", "batch", "pct_train", "model", "opt", "scaler", "callbacks", "random", "loader"}
 
 
@@ -28,7 +31,8 @@ class Checkpoint(Callback):
     """Writes `checkpoint.pth` after every epoch and keeps the one before; goes on from `load_checkpoint`'s `state`.
 
     After `ask_to_stop`, which a signal handler may call, or when it has taken `max_minutes`, training ends with the
-    batch that is under way and a checkpoint; `stopped` then says where, `code` is that for the shell.
+    batch that is under way and a checkpoint; `stopped` then says where, `code` is that for the shell. Of several
+    processes all end with the same batch, whichever has been asked.
 
     Weights, optimiser, gradient scaler, random generators, the loader's place in the epoch, and whatever callbacks with
     a `state_dict` keep: on a CPU the rest of the training is, bit for bit, that of one which was never stopped.
@@ -37,12 +41,12 @@ class Checkpoint(Callback):
     order = 90  # behind everything that is kept
 
     def __init__(self, state: dict | None = None, max_minutes: float | None = None):
-        self.state, self.why, self.code, self.stopped = state, None, 0, None
+        self.state, self.asked, self.vote, self.code, self.stopped = state, 0, Vote(), 0, None
         self.deadline = None if max_minutes is None else perf_counter() + 60 * max_minutes
 
-    def ask_to_stop(self, why: str, code: int) -> None:
-        """`why` goes on behind the word stopped; `code` is the exit code."""
-        self.why, self.code = why, code
+    def ask_to_stop(self, asked: int) -> None:
+        """`asked` is one of `STOPS`."""
+        self.asked = asked
 
     def __str__(self) -> str:
         if self.state is None:
@@ -57,7 +61,7 @@ class Checkpoint(Callback):
     def before_fit(self):
         if self.state is None:
             return
-        self.model.load_state_dict(self.state["model"])
+        get_model(self.model).load_state_dict(self.state["model"])
         self.opt.load_state_dict(self.state["opt"])
         if self.state["scaler"] is not None:
             self.learn.scaler.load_state_dict(self.state["scaler"])
@@ -78,18 +82,25 @@ class Checkpoint(Callback):
     def after_batch(self):
         if self.training:
             self.batch = self.begun + self.iter + 1
-        if not self.why and self.deadline is not None and perf_counter() > self.deadline:
-            self.why = "after --max-minutes"
-        if self.why and not torch.isfinite(self.loss):
+        if not self.asked and self.deadline is not None and perf_counter() > self.deadline:
+            self.asked = 1
+        if not self.training and num_distrib() > 1:
+            return  # each has as many batches to test on as it happens to have
+        asked = self.vote(self.asked)
+        if asked and not torch.isfinite(self.loss):
             raise CancelFitException  # nothing to go on from
-        if self.why:
-            self.stopped = f"{self.why} in epoch {self.epoch + 1}, after {self.batch} of {len(self.dls.train)} batches"
+        if asked:
+            why, self.code = STOPS[asked]
+            self.stopped = f"{why} in epoch {self.epoch + 1}, after {self.batch} of {len(self.dls.train)} batches"
             self._save(self.epoch, self.batch)
             raise CancelFitException
 
     def after_epoch(self):
         if self.epoch >= self.first_epoch:
             self._save(self.epoch + 1, 0)
+
+    def after_fit(self):
+        self.vote.result()
 
     def _kept_callbacks(self) -> list[Callback]:
         # Looked up in the class: what a callback lacks, fastai looks up in its learner.
@@ -105,13 +116,15 @@ class Checkpoint(Callback):
             "epoch": epoch,
             "batch": batch,
             "pct_train": float(self.pct_train),
-            "model": self.model.state_dict(),
+            "model": get_model(self.model).state_dict(),
             "opt": self.opt.state_dict(),
             "scaler": scaler and scaler.state_dict(),
             "callbacks": {type(cb).__name__: cb.state_dict() for cb in self._kept_callbacks()},
             "random": {**states, "numpy_state": (name, keys.tolist(), *rest)},
             "loader": (train.epoch, batch) if batch else (train.epoch + 1, 0),
         }
+        if rank_distrib():
+            return
         path = self.path / NAME
         with complete(path) as beside:
             with beside.open("wb") as file:  # torch, given a path, hides why it cannot write there
@@ -163,6 +176,8 @@ def faults_explained(run: Path, bs: int) -> Iterator[None]:
             raise
         raise InputError(f"{e.filename or run}: {e.strerror}; make room, then {again}") from e
     except RuntimeError as e:
+        if num_distrib() > 1 and (isinstance(e, torch.distributed.DistError) or "gloo" in str(e)):
+            raise InputError(f"another process of this training is gone, its own error is above; {again}") from e
         if any(words in str(e) for words in ("inline_container", "iostream error")):  # torch's own files, fastai's too
             raise InputError(
                 f"{run}: a file could not be written, maybe the disk is full; make room, then {again}"
@@ -180,8 +195,8 @@ def remove_checkpoints(run: Path) -> None:
 
 
 @contextmanager
-def signals(ask: Callable[[str, int], None]) -> Iterator[None]:
-    """Call `ask` with words and an exit code at Ctrl-C and SIGTERM; a second Ctrl-C is a KeyboardInterrupt."""
+def signals(ask: Callable[[int], None]) -> Iterator[None]:
+    """Call `ask` with 130 at Ctrl-C, with 143 at SIGTERM; a second Ctrl-C is a KeyboardInterrupt."""
     if threading.current_thread() is not threading.main_thread():  # only there Python delivers signals
         yield
         return
@@ -191,7 +206,7 @@ def signals(ask: Callable[[str, int], None]) -> Iterator[None]:
         if asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         asked.append(number)
-        ask("by Ctrl-C" if number == signal.SIGINT else "by SIGTERM", 128 + number)
+        ask(128 + number)
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -5,7 +5,7 @@ import os
 import signal
 import weakref
 from collections.abc import Iterator
-from itertools import cycle
+from itertools import cycle, islice
 from pathlib import Path
 
 import fastai.vision.data  # noqa: F401  tells show_batch how to draw images
@@ -16,7 +16,6 @@ from fastai.data.core import DataLoaders, TfmdDL
 from fastai.data.transforms import AttrGetter, IntToFloatTensor, Normalize, ToTensor
 from fastai.torch_core import TensorCategory, TensorImage, default_device, to_detach, to_device
 from fastai.vision.core import PILImage
-from fastcore.basics import chunked
 from PIL import Image
 from torch.utils.data import get_worker_info
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
@@ -72,29 +71,31 @@ class KeyedDL(TfmdDL):
     ):
         self.seed, self.augment, self.keep_workers, self._workers = seed, augment, keep_workers, None
         self._rooms = None
-        # The epoch, and the epoch and batch to begin at; workers that are kept read them here.
-        self._clock = torch.tensor([-1, -1, 0]).share_memory_()
+        # The epoch; the epoch and batch to begin at; which share of the batches is this process's, of how many. Workers
+        # that are kept read them here.
+        self._place = torch.tensor([-1, -1, 0, 0, 1]).share_memory_()
         super().__init__(dataset, *args, persistent_workers=keep_workers, **kwargs)
         # torch draws a seed for its workers whenever it starts some: not from the generator that training draws from.
         self.fake_l.generator = torch.Generator()
 
     @property
     def epoch(self) -> int:
-        return int(self._clock[0])
+        return int(self._place[0])
 
     @epoch.setter
     def epoch(self, epoch: int):
-        self._clock[0] = epoch
+        self._place[0] = epoch
 
     def begin_at(self, epoch: int, batch: int):
         """Iterate over `epoch` next, and leave out what comes before `batch`."""
-        self._clock[:] = torch.tensor([epoch - 1, epoch, batch])
+        self._place[:3] = torch.tensor([epoch - 1, epoch, batch])
 
-    @property
-    def _first(self) -> int:
-        """The first batch of this epoch."""
-        epoch, begun, batch = self._clock.tolist()
-        return batch if epoch == begun else 0
+    def deal(self, rank: int, size: int):
+        """Take share `rank` of every batch, of `size` shares; the others are for other processes.
+
+        No image is in two shares or in none; where a batch has fewer images than there are shares, some go without.
+        """
+        self._place[3:] = torch.tensor([rank, size])
 
     def __getstate__(self):
         return {**self.__dict__, "_workers": None}
@@ -139,16 +140,21 @@ class KeyedDL(TfmdDL):
         self.after_iter()
 
     def sample(self):
-        if self.seed is None:
+        if not isinstance(self.dataset.items, ImageTable):
             return super().sample()
-        # A kept worker finds the order of the epoch for itself, as it is keyed.
-        indices = self.get_idxs()
-        return (indices[position] for position in self._positions())
+        # A kept worker finds the order of the epoch for itself, as it is keyed; another one is fastai's, drawn before.
+        indices = self._DataLoader__idxs if self.seed is None else self.get_idxs()
+        return (indices[position] for batch in self._batches() for position in batch)
 
-    def _positions(self) -> Iterator[int]:
-        """Where this worker's images stand in the epoch: fastai deals the batches to the workers in turn."""
-        for start in range((self._first + self.offs) * self.bs, self.n, self.num_workers * self.bs):
-            yield from range(start, min(start + self.bs, self.n))
+    def _batches(self) -> Iterator[range]:
+        """Where the images of this worker's batches stand in the epoch: fastai deals them to the workers in turn."""
+        epoch, begun, batch, rank, size = self._place.tolist()
+        first = batch if epoch == begun else 0
+        for start in range((first + self.offs) * self.bs, self.n, self.num_workers * self.bs):
+            n = min(self.bs, self.n - start)
+            share = range(start + n * rank // size, start + n * (rank + 1) // size)
+            if share and not (self.drop_last and n < self.bs):
+                yield share
 
     def get_idxs(self):
         if self.seed is None:
@@ -157,8 +163,11 @@ class KeyedDL(TfmdDL):
         return np.random.default_rng([self.seed, self.epoch]).permutation(self.n) if self.shuffle else np.arange(self.n)
 
     def to_detach(self, b, cpu: bool = True, gather: bool = True):
-        """fastai's hook: the metrics' sums (single numbers) stay on the device, so that no batch waits for it."""
-        return to_detach(b, cpu and getattr(b, "ndim", None) != 0, gather)
+        """fastai's hook: the metrics' sums (single numbers) stay on the device, so that no batch waits for it.
+
+        Nor for other processes: `distributed.all_ranks` adds them up at the end.
+        """
+        return to_detach(b, cpu and getattr(b, "ndim", None) != 0, gather=False)
 
     def show_results(self, *args, **kwargs):
         import fastai.vision.learner  # noqa: F401  tells fastai how to draw images with predictions; takes seconds
@@ -171,11 +180,11 @@ class KeyedDL(TfmdDL):
             yield from super().create_batches(samps)
             return
         rooms = cycle(range(self._rooms.shape[1])) if self.keep_workers and get_worker_info() else None
-        for chunk in chunked(zip(self._positions(), samps, strict=False), self.bs, self.drop_last):
-            positions_, indices = zip(*chunk, strict=True)
-            images, *labels = table.batch(list(indices))[: len(self.dataset.tls)]  # a test set has no labels
+        for positions in self._batches():
+            indices = list(islice(samps, len(positions)))
+            images, *labels = table.batch(indices)[: len(self.dataset.tls)]  # a test set has no labels
             if self.augment is not None:
-                images = self.augment(images, self.epoch, positions_)
+                images = self.augment(images, self.epoch, positions)
             x = torch.from_numpy(images)
             if rooms:
                 room = self.offs, next(rooms)
@@ -202,7 +211,8 @@ def get_dls(
     """Training and validation loaders of (N, 3, 32, 32) normalised floats and N labels.
 
     `valid` "test" validates on the test set; "holdout" on a tenth of each class of the training set, chosen by `seed`.
-    `workers` is the number of loader processes (default: one a core up to 8 for a GPU, 0 where the CPU also trains),
+    `workers` is the number of loader processes (default: one a core up to 8 for a GPU, 0 where the CPU also trains; the
+    processes of one training share a machine's cores),
     `augmentation` goes to `aug.train_transforms`. Sources are those of `sources.load_images`. Raises InputError.
     """
     if valid not in VALID:
@@ -212,7 +222,8 @@ def get_dls(
             raise InputError(f"{name} is {value}: it must be at least {least} and below 2**32")
     device = default_device() if device is None else torch.device(device)
     if workers is None:
-        workers = 0 if device.type == "cpu" else min(8, os.cpu_count() or 1)
+        cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        workers = 0 if device.type == "cpu" else min(8, max(1, cores))
     table = load_images(source)
     train, held_out = _split(table, valid, seed)
     if bs > len(train):

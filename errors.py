@@ -1,8 +1,10 @@
 """What a user sees when the input is bad: one line on stderr and exit code 2; a bug in the code keeps its traceback."""
 
 import difflib
+import os
 import sys
 from collections.abc import Callable
+from time import sleep
 
 from fastcore.script import anno_parser
 
@@ -35,6 +37,9 @@ def run_command(func: Callable) -> None:
     options = [o for a in parser._actions for o in a.option_strings if a.help != "==SUPPRESS==" and len(o) > 2]
 
     def fail(message: str, code: int = 2):
+        if (rank := os.environ.get("RANK", "0")) != "0":
+            sleep(10)  # what stops rank 0, too, is for rank 0 to say: the launcher then ends the others before this
+            message = f"rank {rank}: {message}"
         print(f"{parser.prog}: error: {message}", file=sys.stderr)
         sys.exit(code)
 
@@ -55,7 +60,8 @@ def run_command(func: Callable) -> None:
     except InputError as e:
         fail(e)
     except Stopped as e:
-        print(f"{parser.prog}: {e}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{parser.prog}: {e}", file=sys.stderr)
         sys.exit(e.code)
     except KeyboardInterrupt:
         if sys.stdout.isatty():

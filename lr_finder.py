@@ -18,7 +18,7 @@ from fastai.callback.core import Callback
 from fastai.callback.schedule import SuggestionMethod
 from fastai.callback.tracker import TerminateOnNaNCallback
 from fastai.learner import Learner
-from fastai.torch_core import get_random_states, set_random_states
+from fastai.torch_core import distrib_barrier, get_random_states, rank_distrib, set_random_states
 
 from run import write_csv, write_json
 
@@ -135,6 +135,8 @@ def range_test(learn: Learner, start_lr: float = 1e-5, end_lr: float = 10, steps
     batches = BatchLosses()
     with undisturbed(learn), learn.added_cbs([TerminateOnNaNCallback(), batches]):
         learn.lr_find(start_lr=start_lr, end_lr=end_lr, num_it=steps, show_plot=False, suggest_funcs=None)
+        if rank_distrib():
+            distrib_barrier()  # rank 0 waits for the others as it loads the weights that fastai kept
         lrs, losses = list(learn.recorder.lrs), [float(loss) for loss in learn.recorder.losses]
         batch_losses = [float(loss) for loss in batches.losses[: len(lrs)]]
     suggestions = {"edge": edge(lrs, batch_losses)}

@@ -38,6 +38,10 @@ def recipe_of(given: dict) -> Recipe:
         raise InputError(f"--max-minutes is {options.max_minutes}: it must be above 0")
     changes = {field.name: given[field.name] for field in fields(Recipe) if field.name in given}
     settings = get_recipe(options.recipe, **changes | {"lr": _learning_rate(options.lr)})
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if rest := settings.bs % processes:
+        near = f"{settings.bs - rest} or {settings.bs - rest + processes}" if settings.bs > rest else processes
+        raise InputError(f"--bs is {settings.bs}, of all {processes} processes together: pass a multiple, {near}")
     if options.tta and settings.flip == 0:
         raise InputError("--tta: flip is 0, so that the network never learns from mirror images; leave it out")
     return settings
@@ -87,9 +91,10 @@ def resumed(func: Callable, given: dict) -> tuple[Path | None, dict]:
     return run, {**started, **{name: value for name, value in now.items() if name in free}}
 
 
-def command_line(func: Callable, given: dict, **changes) -> str:
+def command_line(func: Callable, given: dict, processes: int = 1, **changes) -> str:
     """The command line that calls `func` with `given` and `changes`; what has its default value is left out."""
-    words = ["python", "train_fastai.py"]
+    words = ["python"] if processes == 1 else ["torchrun", "--nproc-per-node", str(processes)]
+    words.append("train_fastai.py")
     for name, default in defaults(func).items():
         value, option = {**given, **changes}[name], "--" + name.replace("_", "-")
         if value != default:
@@ -98,9 +103,24 @@ def command_line(func: Callable, given: dict, **changes) -> str:
 
 
 def get_device(name: str) -> "torch.device":
-    """The torch device of that name, checked for being there; "auto" is the best one there is."""
+    """The torch device of that name, checked for being there; "auto" is the best one there is.
+
+    Each of several processes on a machine has a GPU of its own, or all train on the CPU.
+    """
     import torch
-    from fastai.torch_core import default_device
+    from fastai.torch_core import default_device, num_distrib
+
+    if num_distrib() > 1:
+        there, mine = torch.cuda.device_count(), int(os.environ["LOCAL_RANK"])
+        if name == "auto":
+            name = "cuda" if there else "cpu"
+        if name not in ("cpu", "cuda"):
+            raise InputError(f"--device {name}: several processes take auto, cpu, or cuda, which is a GPU for each")
+        if name == "cuda" and mine >= there:
+            raise InputError(f"--device cuda: process {mine + 1} of this machine has no GPU, as there are {there}; "
+                             "start as many processes as there are GPUs, or pass --device cpu")  # fmt: skip
+        if name == "cuda":
+            torch.cuda.set_device(mine)
 
     if name == "auto":
         return default_device()

@@ -7,6 +7,7 @@ python report.py RUN RUN ...    a table and a picture of their accuracies
 import json
 import warnings
 from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -75,7 +76,8 @@ def write_card(run: Path, result: dict) -> None:
     from run import complete
     from train_fastai import main
 
-    command = command_line(main, result["arguments"], out=None, resume=None, max_minutes=None)
+    unlike = {"out": None, "resume": None, "max_minutes": None}
+    command = command_line(main, result["arguments"], result["processes"], **unlike)
     n, classes, best = result["images"], result["classes"], result["best_epoch"]
     where = "a tenth of the training set, held out" if result["valid"] == "holdout" else "the test set"
     figures = [
@@ -112,7 +114,7 @@ model-index: {json.dumps([model])}
 A residual network of {result["parameters"]:,} parameters (width {result["width"]}) that tells {len(classes)} classes
 apart: {", ".join(classes)}.
 
-{_table(("figure", "value", ""), figures)}
+{markdown_table(("figure", "value", ""), figures)}
 
 All on {n["valid"]:,} images, {where}.
 
@@ -133,7 +135,7 @@ label, index, probabilities = learn.predict("picture.png")
 {command}
 ```
 
-{_table(("setting", "value"), settings)}
+{markdown_table(("setting", "value"), settings)}
 
 Data: {result["source"]}, {n["train"]:,} images to train on; SHA-256 over classes, labels, split and pixels
 `{result["fingerprint"]}`. It took {result["seconds"]:.0f} seconds on {result["device"]} ({result["device_name"]}),
@@ -149,7 +151,8 @@ pictures are squeezed. This is one training with one seed; another seed gives an
         beside.write_text(text)
 
 
-def _table(names: tuple, rows: list[tuple]) -> str:
+def markdown_table(names: Sequence[str], rows: Iterable[Sequence]) -> str:
+    """The rows under the names of the columns."""
     lines = [names, ["---"] * len(names), *rows]
     return "\n".join(f"| {' | '.join(str(cell).replace('|', chr(92) + '|') for cell in row)} |" for row in lines)
 

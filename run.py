@@ -16,7 +16,9 @@ import torch
 from fastai.callback.core import CancelFitException
 from fastai.callback.tracker import TrackerCallback
 from fastai.learner import Learner, save_model
+from fastai.torch_core import num_distrib, rank_distrib
 
+from distributed import total
 from errors import InputError
 
 try:
@@ -116,9 +118,16 @@ def describe(learn: Learner, asked: dict) -> dict:
         "device": str(device),
         "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
         "threads": torch.get_num_threads(),
+        "processes": max(1, num_distrib()),
         "workers": learn.dls.train.fake_l.num_workers,
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
     }
+
+
+def finished(run: Path) -> dict | None:
+    """What is in the `result.json` of a run that has ended, None for any other."""
+    path = run / "result.json"
+    return json.loads(path.read_text()) if path.exists() else None
 
 
 def check_same(run: Path, config: dict, names: Iterable[str]) -> None:
@@ -154,14 +163,15 @@ def save_weights(learn: Learner, name: str) -> Path:
 class RunLog(TrackerCallback):
     """Writes `history.csv` and the best weights after every epoch, and one line an epoch, above fastai's bar if any.
 
-    The training loss and accuracy are means over the epoch's augmented images; they stay on the device until it ends.
+    The training loss and accuracy are means over the epoch's augmented images, those of all processes; they stay on the
+    device until it ends.
     Training stops after an epoch whose loss is not finite.
     """
 
     def __init__(self):
         super().__init__(monitor="accuracy", comp=np.greater)
         self.history, self.best_epoch = [], None
-        self.sums, self.images, self.begun, self.failure = [], 0, (0.0, [], 0), None
+        self.sums, self.begun, self.failure = [], (0.0, []), None
 
     def after_fit(self):
         super().after_fit()
@@ -178,33 +188,37 @@ class RunLog(TrackerCallback):
     def state_dict(self) -> dict:
         """Epochs that are done, and the sums of the one that has been begun."""
         done = {"history": self.history, "best": self.best, "best_epoch": self.best_epoch}
-        if not self.images:
+        if not self.sums:
             return done
-        seconds = perf_counter() - self.started
-        return done | {"begun": (seconds, torch.stack(self.sums).cpu().as_subclass(torch.Tensor), self.images)}
+        return done | {"begun": (perf_counter() - self.started, self._totals().cpu())}
+
+    def _totals(self) -> torch.Tensor:
+        """Loss, hits and number of images for each batch of this epoch, (batches, 3)."""
+        return total(torch.stack(self.sums).as_subclass(torch.Tensor))
 
     def load_state_dict(self, state: dict):
         self.history, self.best, self.best_epoch = state["history"], state["best"], state["best_epoch"]
         if "begun" in state:
-            seconds, sums, images = state["begun"]
-            self.begun = seconds, list(sums.to(self.dls.device)), images
+            seconds, sums = state["begun"]
+            # Rank 0 goes on with what all have done; the number of processes may be another one now.
+            self.begun = seconds, list((sums if rank_distrib() == 0 else 0 * sums).to(self.dls.device))
 
     def before_train(self):
-        seconds, self.sums, self.images = self.begun
-        self.started, self.begun = perf_counter() - seconds, (0.0, [], 0)
+        seconds, self.sums = self.begun
+        self.started, self.begun = perf_counter() - seconds, (0.0, [])
 
     def after_batch(self):
         if self.training:
             with torch.no_grad():
                 hits = (self.pred.argmax(1) == self.y).float().mean()
-                self.sums.append(torch.stack([self.loss, hits]) * len(self.y))
-                self.images += len(self.y)
+                self.sums.append(torch.stack([self.loss, hits, torch.ones_like(hits)]) * len(self.y))
 
     def after_epoch(self):
         if not self.recorder.values[-1]:
             return  # an epoch that fastai skips, as it was done before a stop
         super().after_epoch()
-        loss, accuracy = (torch.stack(self.sums).cpu().double().sum(0) / self.images).tolist()
+        *sums, images = self._totals().cpu().double().sum(0).tolist()
+        loss, accuracy = (s / images for s in sums)
         valid = dict(zip(self.recorder.metric_names[1:], self.recorder.values[-1], strict=False))
         row = {
             "epoch": self.epoch + 1,
@@ -215,7 +229,6 @@ class RunLog(TrackerCallback):
             "lr": float(f"{self.opt.hypers[-1]['lr']:.6g}"),
             "seconds": round(perf_counter() - self.started, 2),
         }
-        self.images = 0
         self.history.append(row)
         write_csv(self.path / "history.csv", row, (past.values() for past in self.history))
         if self.new_best:
@@ -229,3 +242,4 @@ class RunLog(TrackerCallback):
         )
         if not isfinite(loss):
             raise CancelFitException  # `train_fastai` says why: fastai wraps an error raised here in its own words
+        self.sums = []

@@ -13,7 +13,6 @@ In a notebook:
 """
 
 import gc
-import json
 import sys
 import warnings
 from contextlib import nullcontext
@@ -91,12 +90,17 @@ def get_learner(dls: "DataLoaders", recipe: str | Recipe = "fast", norm: str = "
 
 def new_learner(options: SimpleNamespace, settings: Recipe, device: "torch.device") -> "Learner":
     """The learner that the command trains with these options, its weights drawn from the seed."""
+    from functools import partial
+
     from fastai.torch_core import set_seed
 
     from data import get_dls
+    from distributed import in_turns
+    from sources import load_images
 
+    images = in_turns(partial(load_images, settings.data))
     dls = get_dls(
-        settings.data, settings.bs, options.seed, options.workers, options.valid, device,
+        images, settings.bs, options.seed, options.workers, options.valid, device,
         pad=settings.pad, flip=settings.flip, cutout=settings.cutout,
     )  # fmt: skip
     set_seed(options.seed)
@@ -129,6 +133,7 @@ def main(
     max_minutes: float = None,  # Stop after so many minutes of training, with a checkpoint to go on from
     log: Annotated[str, {"choices": ["tensorboard", "wandb"]}] = None,  # Log every batch there, too
     tta: bool = False,  # At the end test on each image together with its mirror image, too
+    sync_bn: bool = False,  # Batch norm over all processes' images, on GPUs
     compile: bool = False,  # Compile the network with torch.compile: about a minute more before the first step
     deterministic: bool = False,  # On CUDA, too, the same weights for the same seed; on a CPU that is always so
     lr_find_only: bool = False,  # Stop after the range test
@@ -141,32 +146,40 @@ def main(
     if list_recipes:
         print(recipe_table())
         return None
-    run = None
-    if resume:
-        run, given = resumed(main, given)
-    options = SimpleNamespace(**given)
-    settings = recipe_of(given)
-    if options.runs == 1:
-        return _train(options, settings, run)
-    results = []
-    for number in range(options.seed, options.seed + options.runs):
-        print(f"{number - options.seed + 1} of {options.runs} runs\n")
-        folder = options.out and f"{options.out}/seed-{number}"
-        results.append(main(**{**given, "runs": 1, "seed": number, "out": folder}))
-        gc.collect()  # a Learner is full of cycles; with it go its memory on the device and its loaders' processes
-        print()
-    from pictures import runs_table
+    if not resume:
+        recipe_of(given)  # says what is wrong at once: the next line takes seconds
 
-    print(f"accuracy on the validation set, in %\n\n{runs_table(results)}")
-    return None
+    warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated")  # fastai's import, nothing to do here
+
+    from distributed import joined, on_rank0
+
+    with joined():
+        run = None
+        if resume:
+            run, given = on_rank0(resumed, main, given)
+        options = SimpleNamespace(**given)
+        settings = recipe_of(given)
+        if options.runs == 1:
+            return _train(options, settings, run)
+        results = []
+        for number in range(options.seed, options.seed + options.runs):
+            print(f"{number - options.seed + 1} of {options.runs} runs\n")
+            folder = options.out and f"{options.out}/seed-{number}"
+            results.append(main(**{**given, "runs": 1, "seed": number, "out": folder}))
+            gc.collect()  # a Learner is full of cycles; with it go its memory on the device and its loaders' processes
+            print()
+        if None not in results:  # as with all but one of several processes
+            from pictures import runs_table
+
+            print(f"accuracy on the validation set, in %\n\n{runs_table(results)}")
+        return None
 
 
 def _train(options: SimpleNamespace, settings: Recipe, run: Path | None) -> dict | None:
     """Train in a new folder, or go on in that of `run`; returns what is in its `result.json`."""
-    warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated")  # fastai's import, nothing to do here
-
     from callbacks import logged, tta_accuracy
     from checkpoint import Checkpoint, faults_explained, load_checkpoint, remove_checkpoints, signals
+    from distributed import all_ranks, on_rank0, own_folder, rank_distrib
     from evaluation import evaluate
     from export import export, save_safetensors
     from lr_finder import RangeTest, range_test, undisturbed
@@ -177,6 +190,7 @@ def _train(options: SimpleNamespace, settings: Recipe, run: Path | None) -> dict
         check_out,
         check_same,
         describe,
+        finished,
         locked,
         new_run_folder,
         print_config,
@@ -186,13 +200,14 @@ def _train(options: SimpleNamespace, settings: Recipe, run: Path | None) -> dict
 
     started = perf_counter()
     if run is None:
-        check_out(options.out)
-    elif (run / "result.json").exists():
-        result = json.loads((run / "result.json").read_text())
+        on_rank0(check_out, options.out)
+    elif result := on_rank0(finished, run):
         print(f"finished     {run}: {result['last_accuracy']:.2%} accuracy after {result['epochs']} epochs")
         return result
     device = get_device(options.device)
     set_deterministic(options.deterministic, device)
+    if options.sync_bn and device.type != "cuda":
+        raise InputError("--sync-bn: torch has batch norm over several processes for GPUs alone; leave it out")
     if options.compile:
         check_compiler(device)
     learn = new_learner(options, settings, device)
@@ -201,40 +216,49 @@ def _train(options: SimpleNamespace, settings: Recipe, run: Path | None) -> dict
         **asdict(settings),
         "lr": options.lr if options.lr == "auto" else settings.lr,
         "schedule": str(settings.schedule),
-        **{name: getattr(options, name) for name in ("norm", "seed", "valid", "compile", "deterministic")},
+        **{name: getattr(options, name) for name in ("norm", "seed", "valid", "sync_bn", "compile", "deterministic")},
     }
     config = describe(learn, asked) | {
         "arguments": {name: str(v) if isinstance(v, Path) else v for name, v in vars(options).items()}
     }
     if run is None:
-        run = new_run_folder(options.recipe, options.out)
+        run = on_rank0(new_run_folder, options.recipe, options.out)
     else:
-        check_same(run, config, [*asked, "fingerprint"])
-    learn.path = run
+        on_rank0(check_same, run, config, [*asked, "fingerprint"])
+    alone = rank_distrib() == 0  # else this process helps with the training, and no more
+    draw = alone and not options.no_pictures
 
     # In a file or a pipe a progress bar is a heap of carriage returns. RunLog writes what fastai's own log leaves out.
     quiet = nullcontext() if sys.stdout.isatty() else learn.no_bar()
-    with locked(run), faults_explained(run, settings.bs), quiet, learn.no_logging():
+    with (
+        own_folder(run) as run,
+        locked(run),
+        faults_explained(run, settings.bs),
+        quiet,
+        learn.no_logging(),
+    ):
+        learn.path = run
         write_json(run / "config.json", config)
         print_config(config)
         with undisturbed(learn):
             print(f"\n{learn.summary()}\n")
-        if not options.no_pictures:
+        if draw:
             save_augmentations(learn.dls, run / "augmentations.png")
         if options.compile:
             learn.model.compile()
 
         peak, test = settings.lr, None
         if not options.no_lr_find:
-            test = RangeTest.load(run) or range_test(learn)
+            with all_ranks(learn, options.sync_bn):
+                test = on_rank0(RangeTest.load, run) or range_test(learn)
             peak = test.suggestion if options.lr == "auto" else peak
             chosen = None if options.lr_find_only else peak
             test.save(run, chosen)
-            if not options.no_pictures:
+            if draw:
                 save_lr_find(test, run / "lr_find.png", chosen)
             print(f"range test   {test}")
             if options.lr_find_only:
-                again = command_line(main, vars(options), lr="LR", lr_find_only=False, out=None)
+                again = command_line(main, vars(options), config["processes"], lr="LR", lr_find_only=False, out=None)
                 print(
                     f"see          {run / ('lr_find.csv' if options.no_pictures else 'lr_find.png')}\ntrain        {again}"
                 )
@@ -242,19 +266,23 @@ def _train(options: SimpleNamespace, settings: Recipe, run: Path | None) -> dict
             if peak is None:
                 raise InputError("--lr auto: the range test's curve is too short for a suggestion; pass --lr NUMBER")
 
-        log, checkpoint = RunLog(), Checkpoint(load_checkpoint(run, learn.model), options.max_minutes)
+        state = on_rank0(load_checkpoint, run, learn.model)
+        log, checkpoint = RunLog(), Checkpoint(state, options.max_minutes)
         print(f"training     {settings.epochs} epochs, peak learning rate {peak:.3g}{checkpoint}")
         cbs = [*settings.schedule.callbacks(peak), log, checkpoint]
-        with signals(checkpoint.ask_to_stop), logged(options.log, run, config) as loggers:
+        logger = logged(options.log if alone else None, run, config)
+        with all_ranks(learn, options.sync_bn), signals(checkpoint.ask_to_stop), logger as loggers:
             learn.fit(settings.epochs, peak, cbs=cbs + loggers, start_epoch=checkpoint.first_epoch)
         if checkpoint.stopped:
-            again = command_line(main, defaults(main), resume=str(run))
+            again = command_line(main, defaults(main), config["processes"], resume=str(run))
             raise Stopped(f"stopped {checkpoint.stopped}; go on with: {again}", checkpoint.code)
 
         if log.failure:
             raise InputError(
                 f"{log.failure}: a peak learning rate of {peak:.3g} is too high here, lower --lr; {run} keeps the history"
             )
+        if not alone:
+            return None
         last, best = log.history[-1], log.history[(log.best_epoch or 1) - 1]
         save_weights(learn, "last")
         export(learn, run / "export.pkl")
@@ -274,7 +302,7 @@ def _train(options: SimpleNamespace, settings: Recipe, run: Path | None) -> dict
             "history": log.history,
         }
         save_safetensors(learn, run / "model.safetensors", result)
-        if not options.no_pictures:
+        if draw:
             write_report(learn, result, evaluation)
         write_json(run / "result.json", result)
         remove_checkpoints(run)
@@ -287,7 +315,7 @@ last epoch   {last["valid_accuracy"]:.2%} accuracy on the validation set, {held_
 run folder   {run}: {shown}history.csv, result.json, export.pkl and model.safetensors from the last epoch, models/last.pth, models/best.pth
 
 use it       python -c "from fastai.learner import load_learner; print(load_learner('{run}/export.pkl').predict('IMAGE.png'))"
-again        {command_line(main, vars(options), seed=options.seed + 1, out=None, resume=None, max_minutes=None)}""")
+again        {command_line(main, vars(options), config["processes"], seed=options.seed + 1, out=None, resume=None, max_minutes=None)}""")
     return result
 
 

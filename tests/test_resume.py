@@ -58,7 +58,7 @@ def stop_at(monkeypatch):
 
         def before_batch(self):
             if (self.epoch, self.iter, self.training) == self.at and hasattr(self.learn, "checkpoint"):
-                self.checkpoint.ask_to_stop("by a test", 99)
+                self.checkpoint.ask_to_stop(143)
 
     real = train_fastai.get_learner
 
@@ -86,10 +86,10 @@ def test_resumed_is_as_never_stopped(tmp_path, capsys, stop_at, recipe, workers)
     for place in ((0, 3), (1, 2, False)):
         stop_at(*place)
         with pytest.raises(
-            Stopped, match=r"stopped by a test in epoch .* go on with: python train_fastai.py --resume "
+            Stopped, match=r"stopped by SIGTERM in epoch .* go on with: python train_fastai.py --resume "
         ) as e:
             main(**options)
-        assert e.value.code == 99
+        assert e.value.code == 143
         assert "checkpoint.pth" in names(run)
         assert "result.json" not in names(run)
         options = {"resume": str(run)}

@@ -1,0 +1,168 @@
+"""Several processes train one network: fastai's `DistributedTrainer`, with our loader's way to deal out a batch.
+
+`torchrun` or `accelerate launch` starts the processes and numbers them, their ranks. Each has its share of every batch;
+gradients are averaged over all. Rank 0 alone prints, and reads and writes the run's folder.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, redirect_stdout
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from fastai.learner import Learner
+from fastai.torch_core import num_distrib, rank_distrib
+from torch import Tensor, nn
+
+from errors import InputError
+
+
+@contextmanager
+def joined() -> Iterator[None]:
+    """Join the processes that a launcher has started, if it has, for as long as this lasts; silence all but rank 0.
+
+    Raises InputError where they cannot be joined.
+    """
+    if num_distrib() <= 1 or dist.is_initialized():
+        yield
+        return
+    if find_spec("accelerate") is None:
+        raise InputError("fastai trains in several processes with Hugging Face Accelerate; pip install accelerate")
+    try:  # what stays on the CPU goes through gloo, so that no process waits for its GPU
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    except (ValueError, RuntimeError) as e:
+        raise InputError(f"WORLD_SIZE is {num_distrib()}, but the processes do not find each other: {e}") from e
+    try:
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere) if rank_distrib() else nullcontext():
+            yield
+    finally:
+        dist.destroy_process_group()
+
+
+def on_rank0(func: Callable, *args) -> Any:
+    """What `func(*args)` returns on rank 0, where alone it is called, or its InputError; all others wait for it."""
+    if num_distrib() <= 1:
+        return func(*args)
+    answer = [None, None]
+    if rank_distrib() == 0:
+        try:
+            answer[0] = func(*args)
+        except InputError as e:
+            answer[1] = e
+    dist.broadcast_object_list(answer, device=torch.device("cpu"))
+    if answer[1]:
+        raise answer[1]
+    return answer[0]
+
+
+def in_turns(func: Callable) -> Any:
+    """What `func()` returns here. Rank 0 calls it first, then the first process of each machine, then the others.
+
+    So what it keeps on a disk is made once, be the disk shared or not.
+    """
+    if num_distrib() <= 1:
+        return func()
+    mine = 0 if rank_distrib() == 0 else 1 if int(os.environ["LOCAL_RANK"]) == 0 else 2
+    for turn in range(3):
+        if turn == mine:
+            result = func()
+        dist.all_reduce(torch.zeros(1))  # nobody gets past this before all are here
+    return result
+
+
+@contextmanager
+def own_folder(run: Path) -> Iterator[Path]:
+    """`run` for rank 0; for others a folder that goes away, for what fastai writes in every process."""
+    if rank_distrib() == 0:
+        yield run
+        return
+    with TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
+def total(t: Tensor) -> Tensor:
+    """The sum of `t` over all processes."""
+    if num_distrib() > 1:
+        t = t.clone()
+        dist.all_reduce(t)
+    return t
+
+
+class Vote:
+    """The highest number that any process has named, known to all at once: when they call for the next time.
+
+    Nobody waits for it: the numbers travel while the next batch is under way.
+    """
+
+    def __init__(self):
+        self.under_way = None
+
+    def __call__(self, number: int) -> int:
+        if num_distrib() <= 1:
+            return number
+        highest = self.result()
+        ballot = torch.tensor(number)
+        self.under_way = ballot, dist.all_reduce(ballot, dist.ReduceOp.MAX, async_op=True)
+        return highest
+
+    def result(self) -> int:
+        """What all know by now, 0 before the first call."""
+        if self.under_way is None:
+            return 0
+        (ballot, work), self.under_way = self.under_way, None
+        work.wait()
+        return int(ballot)
+
+
+@contextmanager
+def all_ranks(learn: Learner, sync_bn: bool = False) -> Iterator[None]:
+    """Within this, `learn` trains in all processes as one; losses and metrics are those of all.
+
+    Batch norm is each process's own, as of a smaller batch, unless `sync_bn`, which torch has for GPUs alone. After a
+    training rank 0's statistics count.
+    """
+    if num_distrib() <= 1:
+        yield
+        return
+    from fastai.distributed import DistributedTrainer  # wants Accelerate
+
+    class AllRanks(DistributedTrainer):
+        def before_fit(self):
+            norms = [(name, m) for name, m in self.model.named_modules() if isinstance(m, nn.BatchNorm2d)]
+            super().before_fit()
+            self.wrapped, self.norms = self.model, norms
+
+        def _wrap_dl(self, dl):  # fastai's would broadcast the order of the epoch, which ours knows
+            dl.deal(rank_distrib(), num_distrib())
+            return dl
+
+        def after_loss(self):
+            if self.training:  # what ends a training early has to be the same everywhere
+                self.learn.loss = total(self.loss) / num_distrib()
+
+        def before_validate(self):
+            # Without the wrapper, as no two processes need have the same number of batches to test on
+            super().before_validate()
+            self.learn.model = self.wrapped.module
+            for buffer in self.model.buffers():
+                dist.broadcast(buffer, 0)
+
+        def after_validate(self):
+            self.learn.model = self.wrapped
+            for metric in [self.recorder.loss, *self.learn.metrics]:
+                sums = [torch.as_tensor(s, device=self.dls.device) for s in (metric.total, metric.count)]
+                metric.total, metric.count = total(torch.stack([s.float().as_subclass(Tensor) for s in sums]))
+
+        def after_fit(self):
+            self.learn.model = self.wrapped.module
+            for name, norm in self.norms if self.sync_bn else ():
+                self.model.set_submodule(name, norm)  # the network as it was: their weights are the same tensors
+            for dl in self.dls.loaders:
+                dl.deal(0, 1)
+
+    with learn.added_cbs(AllRanks(sync_bn, cpu=learn.dls.device.type == "cpu")):
+        yield
