@@ -62,15 +62,21 @@ def on_rank0(func: Callable, *args) -> Any:
 def in_turns(func: Callable) -> Any:
     """What `func()` returns here. Rank 0 calls it first, then the first process of each machine, then the others.
 
-    So what it keeps on a disk is made once, be the disk shared or not.
+    So what it keeps on a disk is made once, be the disk shared or not. An InputError of one ends all.
     """
     if num_distrib() <= 1:
         return func()
     mine = 0 if rank_distrib() == 0 else 1 if int(os.environ["LOCAL_RANK"]) == 0 else 2
+    error = None
     for turn in range(3):
         if turn == mine:
-            result = func()
-        dist.all_reduce(torch.zeros(1))  # nobody gets past this before all are here
+            try:
+                result = func()
+            except InputError as e:
+                error = e
+        failed = total(torch.tensor(error is not None, dtype=torch.uint8))  # nobody gets past this before all are here
+        if failed:
+            raise error or InputError("another process of this training has failed, its own error is above")
     return result
 
 
@@ -142,7 +148,7 @@ def all_ranks(learn: Learner, sync_bn: bool = False) -> Iterator[None]:
 
         def after_loss(self):
             if self.training:  # what ends a training early has to be the same everywhere
-                self.learn.loss = total(self.loss) / num_distrib()
+                self.learn.loss = total(self.loss.detach()) / num_distrib()
 
         def before_validate(self):
             # Without the wrapper, as no two processes need have the same number of batches to test on

@@ -165,6 +165,14 @@ def test_a_process_that_dies_takes_the_others_down_and_the_run_goes_on(launch, n
     assert first == pytest.approx(second, abs=1e-5), "the range test's losses are not those of all processes"
 
 
+def test_bad_input_is_one_line_of_one_process(launch):
+    result = launch({"data": "nonsuch", "device": "cpu"})
+    assert result.returncode != 0
+    assert result.stderr.count("error: ") == 1
+    assert "train_fastai.py: error: nonsuch: no such file or folder; data is " in result.stderr
+    assert "[rank1]" not in result.stderr, "the other process has a traceback"
+
+
 @pytest.mark.parametrize(("env", "given", "words"), [
     ({"WORLD_SIZE": "3"}, {"bs": 128}, "--bs is 128, of all 3 processes together: pass a multiple, 126 or 129"),
     ({"WORLD_SIZE": "2", "RANK": "0"}, {"bs": 128}, "WORLD_SIZE is 2, but the processes do not find each other"),
