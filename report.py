@@ -1,7 +1,7 @@
 """A run explains itself: its pictures and its README, drawn at its end, or anew; or several runs compared.
 
-python report.py RUN            draw the pictures of that run again and write its README
-python report.py RUN RUN ...    a table and a picture of their accuracies
+    python report.py RUN            draw the pictures of that run again and write its README
+    python report.py RUN RUN ...    a table and a picture of their accuracies
 """
 
 import json

@@ -20,11 +20,13 @@ from typing import Annotated
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
+import scaling
 from speed import PARTS, heading, section
 
 from errors import InputError, run_command
 from pictures import save_comparison, save_peaks, save_schedules
 from recipes import RECIPES
+from report import markdown_table
 from run import write_json
 
 HERE = Path(__file__).parent
@@ -60,6 +62,8 @@ def how(result: dict) -> str:
         value = result.get(name, getattr(recipe, name))  # settings that came later were off
         if name not in ("data", "epochs", "width") and str(value) != str(getattr(recipe, name)):
             words.append(f"{name} {value}".replace("_", " "))
+    if result.get("processes", 1) > 1:
+        words.append(f"{result['processes']} processes")
     return ", ".join(
         words + ["layer norm"] * (result["norm"] == "layer") + ["group norm"] * (result["norm"] == "group")
     )
@@ -82,12 +86,6 @@ def percent(runs: list[dict], key: str = "last_accuracy") -> list[float]:
     return [100 * r[key] for r in runs if r[key] is not None]
 
 
-def markdown(names: str, rows: list[tuple]) -> str:
-    """A table; the names of the columns stand between bars."""
-    lines = [f"| {names} |", "|---" * (names.count("|") + 1) + "|", *(f"| {' | '.join(row)} |" for row in rows)]
-    return "\n".join(lines)
-
-
 def accuracy_table() -> str:
     """A line for each recipe, data, network and machine: the last epoch's accuracy on the test set over the seeds."""
     rows = []
@@ -100,27 +98,28 @@ def accuracy_table() -> str:
                 spread = (over_seeds(last), f"{min(last):.2f}, {max(last):.2f}", over_seeds(tta) if tta else "–")
                 time = f"{seconds:.3g} s, {machine}"
                 rows.append((DATA.get(source, source), name, network, str(len(runs)), *spread, time))
-    names = "data | recipe | network | seeds | last epoch, % | lowest, highest | with TTA, % | an epoch"
-    return markdown(names, rows)
+    names = ("data", "recipe", "network", "seeds", "last epoch, %", "lowest, highest", "with TTA, %", "an epoch")
+    return markdown_table(names, rows)
 
 
 def ablation_tables() -> str:
-    """What a change of one setting does on a hold-out: the difference is that of runs with the same seed."""
+    """What a change of a setting does on a hold-out: each line against that without the change, seed by seed."""
     tables = []
     for (source, width, valid, machine), groups in results().items():
         if valid != "holdout":
             continue
         rows = []
         for name, runs in groups.items():
-            as_it_is = {r["seed"]: r for r in groups.get(", ".join(name.split(", ")[:2]), [])}
-            pairs = [(r, as_it_is[r["seed"]]) for r in runs if r["seed"] in as_it_is and r is not as_it_is[r["seed"]]]
-            more = [100 * (r["last_accuracy"] - other["last_accuracy"]) for r, other in pairs]
+            words = set(name.split(", "))
+            less = max((n for n in groups if set(n.split(", ")) < words), key=lambda n: (n.count(","), n), default=None)
+            base = {r["seed"]: r for r in groups[less]} if less else {}
+            more = [100 * (r["last_accuracy"] - base[r["seed"]]["last_accuracy"]) for r in runs if r["seed"] in base]
             tta = percent(runs, "tta_accuracy")
-            cells = (over_seeds(percent(runs)), over_seeds(more) if more else "", over_seeds(tta) if tta else "–")
-            rows.append((name, str(len(runs)), *cells))
-        names = "settings | seeds | last epoch, % | more than as it is | with TTA, %"
+            cells = (over_seeds(percent(runs)), over_seeds(more) if more else "", less if more else "")
+            rows.append((name, str(len(runs)), *cells, over_seeds(tta) if tta else "–"))
+        names = ("settings", "seeds", "last epoch, %", "more", "than", "with TTA, %")
         title = f"{DATA.get(source, source)}, a tenth of the training set held out, width {width}, {machine}:"
-        tables.append(f"{title}\n\n{markdown(names, rows)}")
+        tables.append(f"{title}\n\n{markdown_table(names, rows)}")
     return "\n\n".join(tables)
 
 
@@ -143,9 +142,11 @@ def speed_page() -> str:
 def made_texts() -> dict[Path, str]:
     """What the files that are made, in whole or in part, should say."""
     loading = f"```text\n{section('loaders', speeds()['2-cores']['loaders'])}\n```"
+    scaled = json.loads((HERE / "scaling.json").read_text())
     parts = {
         ROOT / "README.md": {"accuracy": accuracy_table(), "loading": loading},
         HERE / "README.md": {"ablation": ablation_tables()},
+        ROOT / "docs" / "scaling.md": {f"{size} pixels": scaling.table(scaled, size) for size in scaling.SIZES},
     }
     texts = {HERE / "speed" / "README.md": speed_page()}
     for path, blocks in parts.items():

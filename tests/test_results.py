@@ -25,10 +25,13 @@ def place(tmp_path, monkeypatch):
     monkeypatch.setattr(make, "ROOT", tmp_path)
     monkeypatch.setattr(make, "HERE", tmp_path / "results")
     (tmp_path / "results/runs").mkdir(parents=True)
-    (tmp_path / "results/speed").mkdir()
-    speed = (ROOT / "results/speed/2-cores.json").read_text()
-    (tmp_path / "results/speed/2-cores.json").write_text(speed)
-    for path, names in (("README.md", ("accuracy", "loading")), ("results/README.md", ("ablation",))):
+    for name in ("results/speed/2-cores.json", "results/scaling.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    made = {"README.md": ("accuracy", "loading"), "results/README.md": ("ablation",)}
+    made["docs/scaling.md"] = ("32 pixels", "224 pixels")
+    for path, names in made.items():
+        (tmp_path / path).parent.mkdir(exist_ok=True)
         marks = (f"<!-- made: {name} -->\nold\n<!-- end -->\nby hand\n" for name in names)
         (tmp_path / path).write_text("".join(marks))
 
@@ -83,8 +86,8 @@ def test_a_changed_setting_is_named_and_compared_on_the_hold_out(place, tmp_path
     make.main([place(**hold_out), place(**hold_out, **changed), place(**hold_out, seed=1)])
     make.main([place(**hold_out, seed=1, **{**changed, "last_accuracy": 0.91}), place(**changed)])
     table = (tmp_path / "results/README.md").read_text()
-    assert "| fast, 2 epochs | 2 | 90.00 ± 0.00 |  | 91.00 ± 0.00 |" in table
-    assert "| fast, 2 epochs, wd 0.0 | 2 | 89.50 ± 2.12 | -0.50 ± 2.12 | 91.00 ± 0.00 |" in table
+    assert "| fast, 2 epochs | 2 | 90.00 ± 0.00 |  |  | 91.00 ± 0.00 |" in table
+    assert "| fast, 2 epochs, wd 0.0 | 2 | 89.50 ± 2.12 | -0.50 ± 2.12 | fast, 2 epochs | 91.00 ± 0.00 |" in table
     readme = (tmp_path / "README.md").read_text()
     assert "| fast, 2 epochs, wd 0.0 | width 64, 6.57 M | 1 | 88.00 |" in readme
     assert "holdout" not in readme
