@@ -154,10 +154,12 @@ SEED = replace(
     wd=0.0,
     logit_scale=1.0,
 )
+# Chosen on a hold-out, at a quarter of the width and in a third of the epochs: results/README.md has the figures.
 FAST = replace(
     ANCESTOR,
-    schedule=OneCycle(pct_start=0.2),
-    label_smoothing=0.1,  # the training set is fitted long before the end; this keeps the loss informative
+    lr=0.8,  # two thirds of what the range test suggests there; 0.7 points better than 0.4
+    schedule=OneCycle(pct_start=0.2),  # a cosine spends more of its time near both ends
+    label_smoothing=0.1,  # 0.4 ± 0.5 points better than none: kept for the full width, which fits the images better
 )
 
 RECIPES = {
