@@ -2,6 +2,8 @@
 
     python report.py RUN            draw the pictures of that run again and write its README
     python report.py RUN RUN ...    a table and a picture of their accuracies
+
+RUN is the folder of a run that has ended.
 """
 
 import json
