@@ -100,7 +100,7 @@ class Checkpoint(Callback):
             self._save(self.epoch + 1, 0)
 
     def after_fit(self):
-        self.vote.result()
+        self.vote.result()  # the last vote arrives before the processes part
 
     def _kept_callbacks(self) -> list[Callback]:
         # Looked up in the class: what a callback lacks, fastai looks up in its learner.

@@ -65,10 +65,12 @@ def write_report(learn: "Learner", result: dict, evaluation: "Evaluation") -> No
 
 def seed_curve(result: dict) -> list[float] | None:
     """The mean accuracy in each epoch of the recipe `seed` on the same data and width, if it is among our results."""
+    if result["recipe"] == "seed":
+        return None
     same = ("source", "fingerprint", "width", "valid")
     others = [json.loads(path.read_text()) for path in RESULTS.glob("seed-*.json")]
     others = [other["history"] for other in others if all(other[name] == result[name] for name in same)]
-    if not others or result["recipe"] == "seed":
+    if not others:
         return None
     return [sum(row["valid_accuracy"] for row in epoch) / len(epoch) for epoch in zip(*others, strict=True)]
 

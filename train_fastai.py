@@ -225,8 +225,8 @@ def _train(options: SimpleNamespace, settings: Recipe, run: Path | None) -> dict
         run = on_rank0(new_run_folder, options.recipe, options.out)
     else:
         on_rank0(check_same, run, config, [*asked, "fingerprint"])
-    alone = rank_distrib() == 0  # else this process helps with the training, and no more
-    draw = alone and not options.no_pictures
+    first = rank_distrib() == 0  # the others help with the training, and no more
+    draw = first and not options.no_pictures
 
     # In a file or a pipe a progress bar is a heap of carriage returns. RunLog writes what fastai's own log leaves out.
     quiet = nullcontext() if sys.stdout.isatty() else learn.no_bar()
@@ -270,7 +270,7 @@ def _train(options: SimpleNamespace, settings: Recipe, run: Path | None) -> dict
         log, checkpoint = RunLog(), Checkpoint(state, options.max_minutes)
         print(f"training     {settings.epochs} epochs, peak learning rate {peak:.3g}{checkpoint}")
         cbs = [*settings.schedule.callbacks(peak), log, checkpoint]
-        logger = logged(options.log if alone else None, run, config)
+        logger = logged(options.log if first else None, run, config)
         with all_ranks(learn, options.sync_bn), signals(checkpoint.ask_to_stop), logger as loggers:
             learn.fit(settings.epochs, peak, cbs=cbs + loggers, start_epoch=checkpoint.first_epoch)
         if checkpoint.stopped:
@@ -281,7 +281,7 @@ def _train(options: SimpleNamespace, settings: Recipe, run: Path | None) -> dict
             raise InputError(
                 f"{log.failure}: a peak learning rate of {peak:.3g} is too high here, lower --lr; {run} keeps the history"
             )
-        if not alone:
+        if not first:
             return None
         last, best = log.history[-1], log.history[(log.best_epoch or 1) - 1]
         save_weights(learn, "last")

@@ -3,7 +3,7 @@
     python benchmarks/scaling.py --save results/scaling.json
 
 The step's 33.6 ms are cifar10-fast's, 79 s for 24 epochs of 98 steps on a V100; `--step-ms` takes that of another GPU.
-What an image of 224 pixels costs one core, and an all-reduce between two processes, are measured here.
+What an image of 224 pixels costs one core is measured here.
 `python results/make.py` makes the tables of docs/scaling.md from the file.
 """
 
@@ -12,7 +12,6 @@ import os
 import platform
 import sys
 from pathlib import Path
-from statistics import median
 from time import perf_counter
 
 import numpy as np
@@ -82,30 +81,6 @@ def photo_us(images: int = 200) -> float:
     return (perf_counter() - started) / images * 1e6
 
 
-def _reduce(rank: int, times) -> None:
-    import torch
-    import torch.distributed as dist
-
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29533"}
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=2)
-    gradients = torch.ones(PARAMETERS)
-    for i in range(12):
-        started = perf_counter()
-        dist.all_reduce(gradients)
-        times[i] = 1000 * (perf_counter() - started)  # the first make connections
-    dist.destroy_process_group()
-
-
-def two_processes_ms() -> float:
-    """An all-reduce of the network's gradients between two processes on the CPU."""
-    import torch.multiprocessing as mp
-
-    times = mp.get_context("spawn").Array("d", 12)
-    mp.spawn(_reduce, args=(times,), nprocs=2)
-    return median(times[2:])
-
-
 def table(figures: dict, size: int) -> str:
     """`rows` in Markdown."""
     times = ("compute, ms", "load, ms", "all-reduce, ms", "step, ms")
@@ -125,7 +100,6 @@ def main(
         "step_ms": step_ms,
         "floor_ms": floor_ms,
         "loader_us": {"32": round(costs["ours, uint8, 1 worker"], 1), "224": round(photo_us())},
-        "two_processes_ms": round(two_processes_ms(), 1),
     }
     print(json.dumps(figures, indent=2))
     for size in SIZES:

@@ -165,6 +165,13 @@ def test_a_process_that_dies_takes_the_others_down_and_the_run_goes_on(launch, n
     assert first == pytest.approx(second, abs=1e-5), "the range test's losses are not those of all processes"
 
 
+def test_without_accelerate_it_says_what_to_install(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("distributed.find_spec", lambda name: None)
+    with pytest.raises(InputError, match="pip install accelerate"):
+        main(**SMALL, data="digits")
+
+
 def test_bad_input_is_one_line_of_one_process(launch):
     result = launch({"data": "nonsuch", "device": "cpu"})
     assert result.returncode != 0
