@@ -13,7 +13,7 @@ import numpy as np
 
 from images import ImageTable
 
-VERSION = 3  # of what the reading makes of a source; another one is another entry
+VERSION = 4  # of what the reading makes of a source; another one is another entry
 ARRAYS = ("images", "labels", "is_train")
 DAY = 24 * 60 * 60  # seconds
 

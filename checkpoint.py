@@ -19,7 +19,7 @@ from torch import nn
 
 from distributed import Vote
 from errors import InputError
-from run import complete
+from files import complete
 
 NAME, BEFORE = "checkpoint.pth", "checkpoint-before.pth"
 FORMAT = 2  # changes with what is in the file

@@ -3,19 +3,22 @@
 import difflib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from time import sleep
 
 from fastcore.script import anno_parser
+
+
+def printable(text: str) -> str:
+    """`text` for a terminal: a file's name can hold what moves its cursor, or what no terminal can show."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 class InputError(ValueError):
     """Something the user gave cannot be used. The message is one line: the thing at fault, and what to do."""
 
     def __init__(self, message: str):
-        line = " ".join(message.split())  # a library's words in it can have several lines
-        # A file's name can hold what moves the cursor of a terminal, or what no terminal can show.
-        super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line))
+        super().__init__(printable(" ".join(message.split())))  # a library's words in it can have several lines
 
 
 class Stopped(Exception):
@@ -26,13 +29,14 @@ class Stopped(Exception):
         self.code = code
 
 
-def run_command(func: Callable) -> None:
+def run_command(func: Callable, pos: Sequence[str] = ()) -> None:
     """Call `func` with the command line that its signature describes, as fastcore's `call_parse` does, but strictly.
 
     An option must be spelled out (no abbreviations), and a wrong one is one line that names the right ones, where
-    argparse would print its whole usage first. Exits with 2 for bad input, 130 for Ctrl-C.
+    argparse would print its whole usage first. `pos` names arguments that stay positional though they have a default.
+    Exits with 2 for bad input, 130 for Ctrl-C.
     """
-    parser = anno_parser(func)
+    parser = anno_parser(func, pos=pos)
     parser.allow_abbrev = False
     options = [o for a in parser._actions for o in a.option_strings if a.help != "==SUPPRESS==" and len(o) > 2]
 
@@ -63,6 +67,9 @@ def run_command(func: Callable) -> None:
         if os.environ.get("RANK", "0") == "0":
             print(f"{parser.prog}: {e}", file=sys.stderr)
         sys.exit(e.code)
+    except BrokenPipeError:  # whoever reads the output has had enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python tries once more at its end
+        sys.exit(1)
     except KeyboardInterrupt:
         if sys.stdout.isatty():
             print()  # the bar's line ends here

@@ -1,15 +1,10 @@
-"""What the trained network makes of the validation images: confusions, calibration, and where it looked."""
+"""What the trained network makes of the validation images: confusions, calibration, the worst mistakes."""
 
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from fastai.callback.hook import hook_output
 from fastai.learner import Learner
-from fastai.torch_core import TensorImage
 from sklearn.metrics import confusion_matrix
-from torch import Tensor
-from torch.nn import functional as F
 
 from images import ImageTable
 
@@ -73,20 +68,3 @@ def evaluate(learn: Learner) -> Evaluation:
     with learn.no_bar(), learn.no_logging():
         probabilities, labels = learn.get_preds()
     return Evaluation(learn.dls.valid_ds.items, labels.numpy(), probabilities.numpy())
-
-
-def grad_cam(learn: Learner, images: np.ndarray, classes: np.ndarray) -> np.ndarray:
-    """Where uint8 (n, 32, 32, 3) `images` speak for `classes` (n,), as the last block sees it: (n, 32, 32), 0 to 1.
-
-    Source: Selvaraju et al., "Grad-CAM" (2017), section 3.
-    """
-    x = TensorImage(torch.from_numpy(images).permute(0, 3, 1, 2).to(learn.dls.device))
-    x = learn.dls.valid.after_batch((x,))[0].as_subclass(Tensor)
-    model = learn.model.eval()
-    with hook_output(model.body[-1], detach=False) as hook, torch.enable_grad():
-        scores = model(x).gather(1, torch.from_numpy(classes).to(x.device)[:, None])
-        activations = hook.stored
-        (gradients,) = torch.autograd.grad(scores.sum(), activations)
-    maps = F.relu((gradients.mean((2, 3), keepdim=True) * activations).sum(1, keepdim=True)).detach()
-    maps = F.interpolate(maps, size=x.shape[2:], mode="bilinear")[:, 0]
-    return (maps / maps.amax((1, 2), keepdim=True).clamp(min=1e-12)).cpu().numpy()

@@ -1,25 +1,24 @@
-"""The trained model's files: fastai's `.pkl`, which carries this project's code, and safetensors, which holds none."""
+"""The trained model's files: what a run leaves behind, and what can be made of that.
+
+    python export.py RUN --to onnx              RUN/model.onnx, for onnxruntime and whatever else reads ONNX
+    python export.py RUN --to pt2               RUN/model.pt2, for `torch.export.load`
+    python export.py RUN --push USER/NAME       the folder, with its model card, to the Hugging Face Hub
+
+RUN is the folder of a run that has ended. Both files take pixels as they come out of a decoder, uint8 (N, 32, 32, 3).
+"""
 
 import json
-from math import isfinite
+from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
-import cloudpickle
-import torch
-from fastai.learner import Learner
-from safetensors import safe_open
-from safetensors.torch import save
+from errors import InputError, run_command
 
-import callbacks
-import data
-import images
-import model
-from errors import InputError
-from model import CustomResNet
-from run import complete
+if TYPE_CHECKING:
+    from fastai.learner import Learner
 
-HEADER = "custom-resnet"  # the key of our JSON among the strings that a safetensors file can carry
-FORMAT = 1  # changes with what is in the header
+    from classifier import Classifier
 
 
 def carry_our_code() -> None:
@@ -27,12 +26,21 @@ def carry_our_code() -> None:
 
     They are stored as bytecode, so that the file wants the minor version of Python that wrote it.
     """
+    import cloudpickle
+
+    import callbacks
+    import data
+    import images
+    import model
+
     for module in (callbacks, data, images, model):
         cloudpickle.register_pickle_by_value(module)
 
 
-def export(learn: Learner, path: Path) -> None:
+def export(learn: "Learner", path: Path) -> None:
     """`learn.export` to `path`, complete or not at all. The file holds no images, no optimiser and no augmentation."""
+    from files import complete
+
     carry_our_code()
     home = learn.path
     try:
@@ -43,11 +51,16 @@ def export(learn: Learner, path: Path) -> None:
         learn.path = home
 
 
-def save_safetensors(learn: Learner, path: Path, result: dict) -> None:
+def save_safetensors(learn: "Learner", path: Path, result: dict) -> None:
     """Write the weights and a JSON header to `path`, complete or not at all.
 
     result: what `result.json` holds. From it come the network's arguments, the classes, the data and the accuracies.
     """
+    from safetensors.torch import save
+
+    from classifier import FORMAT, HEADER
+    from files import complete
+
     mean, std = learn.dls.train_ds.items.train_stats()
     header = {
         "format": FORMAT,
@@ -55,45 +68,68 @@ def save_safetensors(learn: Learner, path: Path, result: dict) -> None:
         | {name: result[name] for name in ("width", "norm", "logit_scale")},
         "normalization": {"mean": mean, "std": std},  # of RGB in the range 0..1
         **{name: result[name] for name in ("classes", "source", "fingerprint", "recipe", "epochs", "seed", "valid")},
-        **{name: result[name] for name in ("last_accuracy", "tta_accuracy", "versions")},
+        **{name: result[name] for name in ("flip", "last_accuracy", "tta_accuracy", "versions")},
     }
     tensors = {name: t.detach().cpu().contiguous() for name, t in learn.model.state_dict().items()}
     with complete(path) as beside:
         beside.write_bytes(save(tensors, {"format": "pt", HEADER: json.dumps(header)}))
 
 
-def load_safetensors(path: str | Path) -> tuple[CustomResNet, dict]:
-    """The network on the CPU, in evaluation mode, and the header of a file that `save_safetensors` wrote.
+def save_onnx(classifier: "Classifier", header: dict, path: Path) -> None:
+    """Write the classifier as ONNX to `path`, complete or not at all: `images`, uint8 (n, 32, 32, 3) → `logits`.
 
-    Nothing in the file is executed. Raises InputError where it is damaged, or not one of ours.
+    header: travels in its metadata, as JSON.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {})[HEADER])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no dict
-        if header["format"] != FORMAT:
-            raise ValueError(f"format {header['format']}, this version of the project reads {FORMAT}")
-        with torch.device("meta"):  # takes no memory, whatever the header asks for; the weights are the file's own
-            network = CustomResNet(**header["architecture"])
-        types = {name: tensor.dtype for name, tensor in network.state_dict().items()}
-        network.load_state_dict(tensors, assign=True)
-        if types != {name: tensor.dtype for name, tensor in tensors.items()}:
-            raise ValueError("weights of another type")
-        _check_header(header)
-    except OSError as e:
-        raise InputError(f"{path}: cannot be read ({e.strerror or e})") from e
-    except Exception as e:  # whatever a foreign file makes of the readers and the network
-        reason = f"{type(e).__name__} {e}".splitlines()
-        raise InputError(f"{path}: not a model.safetensors of this project ({reason[0][:80]})") from e
-    return network.eval(), header
+    import torch
+
+    from classifier import HEADER
+    from files import complete
+
+    if missing := [name for name in ("onnx", "onnxscript") if find_spec(name) is None]:
+        raise InputError(f"--to onnx: {missing[0]} is not installed; pip install -r requirements-onnx.txt")
+    program = torch.onnx.export(
+        classifier, (_example(),), dynamo=True, dynamic_shapes=({0: torch.export.Dim("n")},), verbose=False,
+        input_names=["images"], output_names=["logits"],
+    )  # fmt: skip
+    program.model.metadata_props[HEADER] = json.dumps(header)
+    with complete(path) as beside:
+        program.save(beside, external_data=False)
 
 
-def _check_header(header: dict) -> None:
-    """Raise ValueError unless the numbers and names that go with the network are such."""
-    classes, (mean, std) = header["classes"], (header["normalization"][name] for name in ("mean", "std"))
-    numbers = [header["architecture"]["logit_scale"], *mean, *std]
-    if not all(isinstance(n, int | float) and isfinite(n) for n in numbers) or not len(mean) == len(std) == 3:
-        raise ValueError("normalization or logit_scale are no numbers")
-    names = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
-    if not names or len(classes) != header["architecture"]["num_classes"]:
-        raise ValueError("classes are not as many names as the network has outputs")
+def save_pt2(classifier: "Classifier", header: dict, path: Path) -> None:
+    """Write the classifier as torch's exported program to `path`, complete or not at all; arguments as above."""
+    import torch
+
+    from classifier import HEADER
+    from files import complete
+
+    program = torch.export.export(classifier, (_example(),), dynamic_shapes=({0: torch.export.Dim("n")},))
+    with complete(path) as beside:
+        torch.export.save(program, beside, extra_files={HEADER: json.dumps(header)})
+
+
+def _example():
+    import torch
+
+    return torch.zeros(2, 32, 32, 3, dtype=torch.uint8)  # of one, torch would take the one for a constant
+
+
+WRITERS: dict[str, Callable] = {"onnx": save_onnx, "pt2": save_pt2}
+
+
+def main(
+    run: str,  # Folder of a run that has ended
+    to: Annotated[str, {"choices": list(WRITERS)}] = None,  # Write RUN/model.onnx or RUN/model.pt2
+):
+    """Make another file of a trained model, or publish it."""
+    from classifier import load_safetensors, model_file
+
+    file = model_file(run)
+    if to:
+        path = file.with_suffix(f".{to}")
+        WRITERS[to](*load_safetensors(file), path)
+        print(f"see          {path}, {path.stat().st_size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    run_command(main)

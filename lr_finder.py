@@ -20,7 +20,7 @@ from fastai.callback.tracker import TerminateOnNaNCallback
 from fastai.learner import Learner
 from fastai.torch_core import distrib_barrier, get_random_states, rank_distrib, set_random_states
 
-from run import write_csv, write_json
+from files import write_csv, write_json
 
 METHODS = ("edge", "valley", "slide", "minimum", "steep")  # all but the first are fastai's
 WINDOW = 4  # batches

@@ -65,4 +65,8 @@ class CustomResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.ndim != 4 or tuple(x.shape[1:]) != IMAGE_SHAPE or not torch.is_floating_point(x):
             raise ValueError(f"input is {tuple(x.shape)} {x.dtype}: it must be (N, 3, 32, 32) of a float type")
-        return self.head(self.pool(self.body(x)).flatten(1)) * self.logit_scale
+        return self.classify(self.body(x))
+
+    def classify(self, features: Tensor) -> Tensor:
+        """What the body makes of the images, (N, 8 * width, 4, 4) → logits."""
+        return self.head(self.pool(features).flatten(1)) * self.logit_scale

@@ -108,9 +108,8 @@ def get_device(name: str) -> "torch.device":
     Each of several processes on a machine has a GPU of its own, or all train on the CPU.
     """
     import torch
-    from fastai.torch_core import default_device, num_distrib
 
-    if num_distrib() > 1:
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         there, mine = torch.cuda.device_count(), int(os.environ["LOCAL_RANK"])
         if name == "auto":
             name = "cuda" if there else "cpu"
@@ -122,8 +121,8 @@ def get_device(name: str) -> "torch.device":
         if name == "cuda":
             torch.cuda.set_device(mine)
 
-    if name == "auto":
-        return default_device()
+    if name == "auto":  # as fastai's `default_device`, whose import takes longer than torch's
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)

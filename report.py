@@ -42,7 +42,7 @@ CAPTIONS = {
 
 def write_report(learn: "Learner", result: dict, evaluation: "Evaluation") -> None:
     """Every picture of the training and the trained network into `learn.path`, and the README that shows them."""
-    from evaluation import grad_cam
+    from classifier import classifier_of, grad_cam
     from pictures import save_classes, save_confusion, save_examples, save_history, save_reliability, save_schedules
 
     run = learn.path
@@ -58,9 +58,23 @@ def write_report(learn: "Learner", result: dict, evaluation: "Evaluation") -> No
         ("uncertain", evaluation.most_uncertain(EXAMPLES), "The least certain predictions"),
     ):
         images, _ = evaluation.table.batch(chosen.tolist())
-        maps = grad_cam(learn, images, evaluation.predicted[chosen]) if len(chosen) else []
+        maps = grad_cam(classifier_of(learn), images, evaluation.predicted[chosen]) if len(chosen) else []
         save_examples(evaluation, chosen, maps, title, run / f"{name}.png")
+    save_first_images(evaluation, run / "examples")
     write_card(run, result)
+
+
+def save_first_images(evaluation: "Evaluation", folder: Path) -> None:
+    """One validation image of each of the first classes as PNG, for `app.py` to offer: the first, whatever it shows."""
+    from PIL import Image
+
+    from files import complete
+
+    folder.mkdir(exist_ok=True)
+    for label in range(min(EXAMPLES, len(evaluation.table.classes))):
+        image = evaluation.table[int((evaluation.labels == label).argmax())].image
+        with complete(folder / f"{label:02}.png") as beside:
+            Image.fromarray(image).save(beside)
 
 
 def seed_curve(result: dict) -> list[float] | None:
@@ -77,7 +91,7 @@ def seed_curve(result: dict) -> list[float] | None:
 
 def write_card(run: Path, result: dict) -> None:
     """The run's `README.md`, a model card as the Hugging Face Hub shows it."""
-    from run import complete
+    from files import complete
     from train_fastai import main
 
     unlike = {"out": None, "resume": None, "max_minutes": None}

@@ -16,16 +16,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from archives import MAX_MEMBER, members
+from archives import members
 from cache import decoded
 from errors import InputError
-from images import SIZE, ImageTable, to_rgb
+from images import SIZE, ImageTable, decode, read_image, to_rgb
 
 CIFAR10_STATS = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))  # of the 50,000 training images, range 0..1
 SPLITS = ("train", "test")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
-# By content, as a name is often wrong. Pillow reads dozens, some of which (EPS) run other programs.
-IMAGE_FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP")
 BATCH_FILES = {
     "train": [f"data_batch_{i}" for i in range(1, 6)],
     "test": ["test_batch"],
@@ -60,18 +58,6 @@ def load_images(source: str | Path | ImageTable) -> ImageTable:
     for note in table.notes:
         print(f"warning: {table.name}: {' '.join(note.split())}", file=sys.stderr)
     return table
-
-
-def _decode(data: bytes, name: str, animated: list[str]) -> np.ndarray:
-    """The pixels; the name is noted in `animated` where there are more frames than the one."""
-    try:
-        with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
-            if getattr(image, "n_frames", 1) > 1:
-                animated.append(name)
-            return to_rgb(image)
-    except Exception as e:  # whatever a decoder makes of a foreign file: Pillow raises half a dozen types
-        reason = str(e).partition(" <_io")[0]
-        raise InputError(f"{name}: not a readable image ({reason}); remove or replace it") from e
 
 
 def _download_cifar10() -> Path:
@@ -136,17 +122,10 @@ def _read_folder(root: Path) -> ImageTable:
             if not folder.is_dir():
                 raise InputError(f"{folder}: a file where the folder of a class should be; remove it")
             files = sorted(p for p in folder.iterdir() if not p.name.startswith("."))
-            found[split, folder.name] = [(path.name, _decode(*_content(path), animated)) for path in files]
+            for path in files:
+                _checked_suffix(str(path))
+            found[split, folder.name] = [(path.name, read_image(path, animated.append)) for path in files]
     return _table(str(root), found, animated)
-
-
-def _content(path: Path) -> tuple[bytes, str]:
-    name = _checked_suffix(str(path))
-    if not path.is_file():  # to read a pipe would wait for ever
-        raise InputError(f"{name}: not a file; images must lie at train/<class>/ and test/<class>/")
-    if path.stat().st_size > MAX_MEMBER:
-        raise InputError(f"{name}: {path.stat().st_size:,} bytes, more than any image here has; remove it")
-    return path.read_bytes(), name
 
 
 def _checked_suffix(name: str) -> str:
@@ -174,7 +153,7 @@ def _read_archive(path: Path) -> ImageTable:
         name = f"{path}: {member}"
         if len(parts) != depth + 3:
             raise InputError(f"{name}: images must lie at train/<class>/ and test/<class>/")
-        images.append((member.name, _decode(data, _checked_suffix(name), animated)))
+        images.append((member.name, decode(data, _checked_suffix(name), animated.append)))
     if batches:
         return _read_batches(str(path), batches)
     if not found:

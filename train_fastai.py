@@ -182,6 +182,7 @@ def _train(options: SimpleNamespace, settings: Recipe, run: Path | None) -> dict
     from distributed import all_ranks, on_rank0, own_folder, rank_distrib
     from evaluation import evaluate
     from export import export, save_safetensors
+    from files import write_json
     from lr_finder import RangeTest, range_test, undisturbed
     from pictures import save_augmentations, save_lr_find
     from report import write_report
@@ -195,7 +196,6 @@ def _train(options: SimpleNamespace, settings: Recipe, run: Path | None) -> dict
         new_run_folder,
         print_config,
         save_weights,
-        write_json,
     )
 
     started = perf_counter()

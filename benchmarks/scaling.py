@@ -105,7 +105,7 @@ def main(
     for size in SIZES:
         print(f"\n{size}x{size} pixels\n{table(figures, size)}")
     if save:
-        from run import write_json
+        from files import write_json
 
         write_json(Path(save), figures)
 

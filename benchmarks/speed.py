@@ -78,8 +78,8 @@ def main(
     import steps
     import torch
 
+    from files import write_json
     from options import get_device
-    from run import write_json
 
     device = get_device(device)
     gpu = device.type == "cuda"

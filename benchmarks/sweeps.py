@@ -105,7 +105,7 @@ def main(
         return
     figures = peaks(folder, seeds, lrs or PEAKS, **arguments | {"epochs": epochs or 3})
     if save:
-        from run import write_json
+        from files import write_json
 
         write_json(Path(save), figures)
 

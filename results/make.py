@@ -24,10 +24,10 @@ import scaling
 from speed import PARTS, heading, section
 
 from errors import InputError, run_command
+from files import write_json
 from pictures import save_comparison, save_peaks, save_schedules
 from recipes import RECIPES
 from report import markdown_table
-from run import write_json
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent

@@ -28,10 +28,11 @@ from safetensors.torch import save
 from errors import InputError
 from model import CustomResNet
 
-with atheris.instrument_imports(include=["archives", "sources", "images", "checkpoint", "export", "options",
+with atheris.instrument_imports(include=["archives", "sources", "images", "checkpoint", "classifier", "options",
                                          "tarfile", "zipfile", "json", "pickle"]):  # fmt: skip
     import checkpoint
-    import export
+    import classifier
+    import images
     import options
     import sources
     import train_fastai
@@ -79,7 +80,7 @@ def saved(state: dict) -> bytes:
 def safe() -> bytes:
     header = {"format": 1, "architecture": {"num_classes": 2, "width": 1, "norm": "batch", "logit_scale": 1.0},
               "normalization": {"mean": [0.5] * 3, "std": [0.5] * 3}, "classes": ["a", "b"]}  # fmt: skip
-    return save(NETWORK.state_dict(), {export.HEADER: json.dumps(header)})
+    return save(NETWORK.state_dict(), {classifier.HEADER: json.dumps(header)})
 
 
 def read_archive(data: bytes, suffix: str) -> None:
@@ -95,7 +96,7 @@ def read_batches(data: bytes, name: str) -> None:
 
 
 def read_image(data: bytes) -> None:
-    sources._decode(data, "a.png", [])
+    images.decode(data, "a.png", [].append)
 
 
 def read_checkpoint(data: bytes) -> None:
@@ -105,7 +106,7 @@ def read_checkpoint(data: bytes) -> None:
 
 def read_safetensors(data: bytes) -> None:
     (WHERE / "model.safetensors").write_bytes(data)
-    export.load_safetensors(WHERE / "model.safetensors")
+    classifier.load_safetensors(WHERE / "model.safetensors")
 
 
 def read_config(data: bytes) -> None:

@@ -12,17 +12,17 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
-import sources
+import images
 from errors import InputError
 from sources import load_images
 
 
 @pytest.fixture
 def decodings(monkeypatch):
-    """The names of the images that were decoded."""
-    names, decode = [], sources._decode
-    monkeypatch.setattr(sources, "_decode", lambda data, name, *rest: names.append(name) or decode(data, name, *rest))
-    return names
+    """The sizes of the images that were decoded."""
+    sizes, to_rgb = [], images.to_rgb
+    monkeypatch.setattr(images, "to_rgb", lambda image: sizes.append(image.size) or to_rgb(image))
+    return sizes
 
 
 def same(a, b):

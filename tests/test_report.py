@@ -9,8 +9,9 @@ import torch
 from PIL import Image
 
 import report
+from classifier import classifier_of, grad_cam
 from errors import InputError, run_command
-from evaluation import Evaluation, evaluate, grad_cam
+from evaluation import Evaluation, evaluate
 from images import ImageTable
 from report import CAPTIONS
 from train_fastai import main
@@ -70,7 +71,7 @@ def test_grad_cam_shows_what_the_prediction_rests_on(learner):
     e = evaluate(learner)
     chosen = np.arange(0, 350, 5)
     images, _ = e.table.batch(chosen.tolist())
-    maps = grad_cam(learner, images, e.predicted[chosen])
+    maps = grad_cam(classifier_of(learner), images, e.predicted[chosen])
     assert maps.shape == (70, 32, 32)
     assert maps.min() >= 0
     assert maps.max() <= 1

@@ -1,0 +1,184 @@
+"""A page on which the trained model says what it takes a picture for, and where in it it looked.
+
+    python app.py RUN                  the page, on http://127.0.0.1:7860
+    python app.py --space DIR RUN      a folder that is ready to be a Space of the Hugging Face Hub
+
+RUN is the folder of a run, or a model.safetensors. It takes requirements-app.txt.
+"""
+
+import json
+import os
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+from errors import InputError, run_command
+
+if TYPE_CHECKING:
+    import gradio
+    import numpy as np
+
+    from classifier import Classifier
+
+MAX_UPLOAD = "10mb"
+TOP = 5
+SIDE = 320  # pixels of the picture with the map on it
+MODULES = ("app.py", "classifier.py", "errors.py", "files.py", "images.py", "model.py")
+
+
+def heat_map(pixels: "np.ndarray", heat: "np.ndarray") -> "np.ndarray":
+    """uint8 (32, 32, 3) in grey under the (32, 32) map of `grad_cam` → uint8 (SIDE, SIDE, 3)."""
+    import numpy as np
+    from matplotlib import colormaps
+    from PIL import Image
+
+    grey = np.asarray(Image.fromarray(pixels).convert("L").resize((SIDE, SIDE), Image.Resampling.NEAREST))
+    heat = np.asarray(Image.fromarray(heat).resize((SIDE, SIDE), Image.Resampling.BILINEAR))
+    return (0.45 * grey[..., None] + 0.55 * 255 * colormaps["inferno"](heat)[..., :3]).astype(np.uint8)
+
+
+def look(classifier: "Classifier", classes: list[str], path: str) -> tuple[dict[str, float], "np.ndarray", str]:
+    """The probability of each class, the picture under its map, and how long it took. Raises InputError."""
+    import numpy as np
+    import torch
+
+    from classifier import grad_cam
+    from images import read_image
+
+    times = [perf_counter()]
+    pixels = np.stack([read_image(Path(path), lambda name: None)])
+    times.append(perf_counter())
+    with torch.inference_mode():
+        probabilities = classifier(torch.from_numpy(pixels)).softmax(1)[0].numpy()
+    times.append(perf_counter())
+    heat = grad_cam(classifier, pixels, probabilities.argmax(keepdims=True))
+    picture = heat_map(pixels[0], heat[0])
+    times.append(perf_counter())
+    read, saw, drew = 1000 * np.diff(times)
+    took = f"{read:.0f} ms to read the picture, {saw:.1f} ms to classify it, {drew:.0f} ms to draw the map"
+    return dict(zip(classes, probabilities.tolist(), strict=True)), picture, took
+
+
+def about(header: dict) -> str:
+    """What the network knows, and what it cannot know."""
+    classes = header["classes"]
+    names = ", ".join(classes[:20]) + (" …" if len(classes) > 20 else "")
+    kind = "held-out" if header["valid"] == "holdout" else "test"
+    return (
+        f"It was trained on {len(classes)} classes, on pictures of 32x32 pixels: {names}. **Of anything else it knows "
+        f"nothing, and still answers with one of them, sure of itself at times.** "
+        f"On the {kind} images of {header['source']} it is right {100 * header['last_accuracy']:.2f} % of the time."
+    )
+
+
+def page(model: Path) -> "gradio.Blocks":
+    """The page for a safe file; the examples on it are those in the folder `examples` beside the file."""
+    import gradio as gr
+
+    from classifier import load_safetensors
+
+    classifier, header = load_safetensors(model)
+
+    def shown(path):
+        if path is None:
+            return None, None, ""
+        try:
+            return look(classifier, header["classes"], path)
+        except InputError as e:
+            reason = str(e).replace(path, "this file")  # the path is one of the server
+            raise gr.Error(reason, print_exception=False, title="Not a picture") from e
+
+    with gr.Blocks(title="Custom ResNet", analytics_enabled=False) as blocks:
+        gr.Markdown(f"# What is in the picture?\n\n{about(header)}")
+        with gr.Row():
+            with gr.Column():
+                picture = gr.Image(
+                    label="Picture: drop, paste, or take one", sources=["upload", "clipboard", "webcam"], height=SIDE
+                )
+                # The file as it came: gradio would open it first, and complain in its own words.
+                picture.preprocess = lambda payload: payload and payload.path
+            with gr.Column():
+                label = gr.Label(label="It takes it for", num_top_classes=TOP, elem_id="answer")
+            with gr.Column():
+                seen = gr.Image(
+                    label="What it sees (32x32), and where it looked (Grad-CAM)", height=SIDE, interactive=False,
+                    format="png", buttons=[],
+                )  # fmt: skip
+        took = gr.Markdown(elem_id="took")
+        outputs = [label, seen, took]
+        picture.change(shown, picture, outputs, api_name="predict")
+        if examples := sorted(map(str, (model.parent / "examples").glob("*.png"))):
+            gr.Examples(examples, picture, label="Examples: images it was not trained on", examples_per_page=12)
+    return blocks
+
+
+def write_space(model: Path, folder: Path) -> None:
+    """Write to `folder`, new or empty, what a Space needs to show the page. Raises InputError."""
+    from classifier import load_safetensors
+
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"--space {folder}: it is there already; name a new or an empty folder")
+    _, header = load_safetensors(model)
+    settings = {
+        "title": f"Custom ResNet on {header['source']}",
+        "sdk": "gradio",
+        "sdk_version": version("gradio"),
+        "python_version": "3.11",
+        "app_file": "app.py",
+        "license": "apache-2.0",
+    }
+    lines = "\n".join(f"{name}: {json.dumps(value)}" for name, value in settings.items())
+    here, beside = Path(__file__).parent, folder.with_name(f".{folder.name}.{os.getpid()}")
+    try:
+        beside.mkdir(parents=True)
+        for name in MODULES:
+            shutil.copy(here / name, beside)
+        shutil.copy(here / "requirements-app.txt", beside / "requirements.txt")
+        shutil.copy(model, beside / "model.safetensors")
+        if (examples := model.parent / "examples").is_dir():
+            shutil.copytree(examples, beside / "examples")
+        (beside / "README.md").write_text(f"---\n{lines}\n---\n\n# What is in the picture?\n\n{about(header)}\n")
+        beside.replace(folder)
+    except OSError as e:
+        raise InputError(f"--space {folder}: cannot be written ({e.strerror}); name another folder") from e
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def main(
+    model: str = "model.safetensors",  # Folder of a run, or a model.safetensors
+    space: str = None,  # Write a folder for a Space of the Hugging Face Hub, and stop
+    host: str = None,  # Address to listen at; 0.0.0.0 lets others in [GRADIO_SERVER_NAME, or 127.0.0.1]
+    port: int = None,  # Port to listen at [the first free one from 7860 on]
+):
+    """Show a page on which a trained model says what it takes pictures for."""
+    try:
+        import gradio as gr
+    except ImportError:
+        raise InputError("gradio is not installed; pip install -r requirements-app.txt") from None
+    from classifier import model_file
+
+    file = model_file(model)
+    if file.suffix != ".safetensors":
+        raise InputError(f"{file}: the page takes a run folder, or its model.safetensors, and runs no other kind")
+    if space:
+        write_space(file, Path(space))
+        print(f"see          {space}\npublish      hf upload USER/NAME {space} --repo-type space")
+        return
+    blocks = page(file)
+    try:
+        _, url, _ = blocks.launch(
+            server_name=host, server_port=port, max_file_size=MAX_UPLOAD, footer_links=["api"], ssr_mode=False,
+            theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),  # not from Google
+            quiet=True, prevent_thread_lock=True,
+        )  # fmt: skip
+    except OSError as e:
+        raise InputError(f"--host {host} --port {port}: cannot listen there ({e}); pass another --port") from e
+    print(f"see          {url}")
+    blocks.block_thread()
+
+
+if __name__ == "__main__":
+    run_command(main, pos=["model"])
