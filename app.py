@@ -57,7 +57,7 @@ def look(classifier: "Classifier", classes: list[str], path: str) -> tuple[dict[
     picture = heat_map(pixels[0], heat[0])
     times.append(perf_counter())
     read, saw, drew = 1000 * np.diff(times)
-    took = f"{read:.0f} ms to read the picture, {saw:.1f} ms to classify it, {drew:.0f} ms to draw the map"
+    took = f"{read:.0f} ms to read the picture, {saw:.1f} ms to classify it, {drew:.0f} ms for the map (Grad-CAM)"
     return dict(zip(classes, probabilities.tolist(), strict=True)), picture, took
 
 
@@ -87,28 +87,26 @@ def page(model: Path) -> "gradio.Blocks":
         try:
             return look(classifier, header["classes"], path)
         except InputError as e:
-            reason = str(e).replace(path, "this file")  # the path is one of the server
-            raise gr.Error(reason, print_exception=False, title="Not a picture") from e
+            reason = str(e).removeprefix(f"{path}: ").partition(";")[0]  # the path is one of the server's
+            raise gr.Error(reason, print_exception=False) from e
 
-    with gr.Blocks(title="Custom ResNet", analytics_enabled=False) as blocks:
+    hour = 60 * 60  # seconds
+    with gr.Blocks(title="Custom ResNet", analytics_enabled=False, delete_cache=(hour, hour)) as blocks:
         gr.Markdown(f"# What is in the picture?\n\n{about(header)}")
         with gr.Row():
             with gr.Column():
-                picture = gr.Image(
-                    label="Picture: drop, paste, or take one", sources=["upload", "clipboard", "webcam"], height=SIDE
-                )
+                gr.Markdown("### Drop, paste or take a picture")
+                picture = gr.Image(show_label=False, sources=["upload", "clipboard", "webcam"], height=SIDE)
                 # The file as it came: gradio would open it first, and complain in its own words.
                 picture.preprocess = lambda payload: payload and payload.path
             with gr.Column():
-                label = gr.Label(label="It takes it for", num_top_classes=TOP, elem_id="answer")
+                gr.Markdown("### What it takes it for")
+                label = gr.Label(show_label=False, num_top_classes=TOP, elem_id="answer")
             with gr.Column():
-                seen = gr.Image(
-                    label="What it sees (32x32), and where it looked (Grad-CAM)", height=SIDE, interactive=False,
-                    format="png", buttons=[],
-                )  # fmt: skip
+                gr.Markdown("### What it sees, and where it looked")
+                seen = gr.Image(show_label=False, height=SIDE, interactive=False, format="png", buttons=[])
         took = gr.Markdown(elem_id="took")
-        outputs = [label, seen, took]
-        picture.change(shown, picture, outputs, api_name="predict")
+        picture.change(shown, picture, [label, seen, took], api_name="predict")
         if examples := sorted(map(str, (model.parent / "examples").glob("*.png"))):
             gr.Examples(examples, picture, label="Examples: images it was not trained on", examples_per_page=12)
     return blocks
@@ -170,9 +168,9 @@ def main(
     blocks = page(file)
     try:
         _, url, _ = blocks.launch(
-            server_name=host, server_port=port, max_file_size=MAX_UPLOAD, footer_links=["api"], ssr_mode=False,
+            server_name=host, server_port=port, max_file_size=MAX_UPLOAD, ssr_mode=False,
             theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),  # not from Google
-            quiet=True, prevent_thread_lock=True,
+            footer_links=["api", "gradio"], quiet=True, prevent_thread_lock=True,
         )  # fmt: skip
     except OSError as e:
         raise InputError(f"--host {host} --port {port}: cannot listen there ({e}); pass another --port") from e

@@ -8,6 +8,7 @@ RUN is the folder of a run that has ended. Both files take pixels as they come o
 """
 
 import json
+import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -108,6 +109,36 @@ def save_pt2(classifier: "Classifier", header: dict, path: Path) -> None:
         torch.export.save(program, beside, extra_files={HEADER: json.dumps(header)})
 
 
+def send(run: Path, repo: str, private: bool = False) -> str:
+    """Send what is in `run`, but for hidden files and logs, to `repo` on the Hugging Face Hub; returns its address.
+
+    Raises InputError where the run has no model card, or the Hub cannot be reached or will not take it.
+    """
+    if not (run / "result.json").is_file():  # whatever else lies in a folder is not for all to see
+        raise InputError(f"--push: {run} is not the folder of a run that has ended, no result.json in it")
+    if not (run / "README.md").is_file():
+        raise InputError(f"--push: {run} has no model card; python report.py {run} writes it")
+    try:
+        from huggingface_hub import HfApi, get_token
+        from huggingface_hub.utils import disable_progress_bars
+    except ImportError:
+        raise InputError("--push: huggingface_hub is not installed; pip install huggingface_hub") from None
+    if get_token() is None:
+        raise InputError(
+            "--push: there is no token for the Hugging Face Hub; log in with hf auth login, or set HF_TOKEN"
+        )
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    api = HfApi()
+    try:
+        api.create_repo(repo, private=private, exist_ok=True)
+        ignored = [".*", "*/.*", "tensorboard/*", "wandb/*"]
+        api.upload_folder(repo_id=repo, folder_path=run, ignore_patterns=ignored, commit_message=f"Add {run.name}")
+    except Exception as e:  # no network, no right, a wrong name: each is of another type, and they change
+        raise InputError(f"--push {repo}: the Hub does not take it ({type(e).__name__}: {e})") from e
+    return f"{api.endpoint}/{repo}"
+
+
 def _example():
     import torch
 
@@ -120,8 +151,14 @@ WRITERS: dict[str, Callable] = {"onnx": save_onnx, "pt2": save_pt2}
 def main(
     run: str,  # Folder of a run that has ended
     to: Annotated[str, {"choices": list(WRITERS)}] = None,  # Write RUN/model.onnx or RUN/model.pt2
+    push: str = None,  # Send the folder to USER/NAME on the Hugging Face Hub, for all to see
+    private: bool = False,  # With --push: for yourself alone, if there is no such repository yet
 ):
     """Make another file of a trained model, or publish it."""
+    if not to and not push:
+        raise InputError(f"nothing to do; pass --to {' or --to '.join(WRITERS)}, or --push USER/NAME")
+    if private and not push:
+        raise InputError("--private goes with --push; drop it, or pass both")
     from classifier import load_safetensors, model_file
 
     file = model_file(run)
@@ -129,6 +166,8 @@ def main(
         path = file.with_suffix(f".{to}")
         WRITERS[to](*load_safetensors(file), path)
         print(f"see          {path}, {path.stat().st_size / 1e6:.1f} MB")
+    if push:
+        print(f"see          {send(Path(run), push, private)}")
 
 
 if __name__ == "__main__":

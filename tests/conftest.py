@@ -116,3 +116,29 @@ def learner(tmp_path_factory):
     with learn.no_bar(), learn.no_logging():
         learn.fit_one_cycle(3, 0.1)
     return learn
+
+
+RESULT = {
+    "classes": list("0123456789"), "width": 16, "norm": "batch", "logit_scale": 0.125, "source": "digits",
+    "fingerprint": "ab", "recipe": "demo", "flip": 0.0, "epochs": 3, "seed": 0, "valid": "test", "last_accuracy": 0.98,
+    "tta_accuracy": None, "versions": {"torch": "2.15"},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def trained(learner, tmp_path_factory):
+    """A folder with `learner` as model.safetensors, .onnx, .pt2 and export.pkl, and digits/<class>/ test images."""
+    from classifier import load_safetensors
+    from export import WRITERS, export, save_safetensors
+
+    folder = tmp_path_factory.mktemp("trained")
+    export(learner, folder / "export.pkl")
+    save_safetensors(learner, folder / "model.safetensors", RESULT)
+    for suffix, write in WRITERS.items():
+        write(*load_safetensors(folder / "model.safetensors"), folder / f"model.{suffix}")
+    table = learner.dls.valid_ds.items
+    for i in range(len(table)):
+        path = folder / "digits" / table[i].label / f"{i:03}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(table[i].image).save(path)
+    return folder

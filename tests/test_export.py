@@ -1,21 +1,30 @@
 """The files of a trained model, and that they load where and only where they should."""
 
+import base64
+import hashlib
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
+from threading import Thread
 
+import numpy as np
+import onnx
 import pytest
 import torch
+from conftest import RESULT, ROOT
 from fastai.basics import noop
 from PIL import Image
 from safetensors.torch import load_file, save, save_file
 
-from classifier import HEADER, load_safetensors
+import export as export_module
+from classifier import HEADER, load_model, load_safetensors
 from errors import InputError
-from export import export, save_safetensors
+from export import export, save_onnx, save_safetensors
 
 LOAD = """
 import sys, warnings
@@ -39,11 +48,6 @@ for path, name in list(zip(paths, names))[:3]:
 ours = {"train_fastai", "data", "images", "model", "aug", "export", "callbacks", "errors", "albumentations"}
 assert not ours & set(sys.modules), ours & set(sys.modules)
 """
-RESULT = {
-    "classes": list("0123456789"), "width": 16, "norm": "batch", "logit_scale": 0.125, "source": "digits",
-    "fingerprint": "ab", "recipe": "demo", "flip": 0.0, "epochs": 3, "seed": 0, "valid": "test", "last_accuracy": 0.98,
-    "tta_accuracy": None, "versions": {"torch": torch.__version__},
-}  # fmt: skip
 
 
 def test_the_exported_learner_needs_nothing_of_this_project(learner, tmp_path):
@@ -153,3 +157,277 @@ def test_a_safe_file_that_is_not_there_is_named(tmp_path):
         load_safetensors(tmp_path / "none.safetensors")
     with pytest.raises(InputError, match=r": cannot be read|not a .* file"):
         load_safetensors(tmp_path)
+
+
+# Every file, where this project is not
+
+READERS = {
+    "export.pkl": """
+from fastai.basics import load_learner, noop
+learn = load_learner(path)
+learn.remove_cb(learn.progress) if hasattr(learn, "progress") else None
+logits = learn.get_preds(dl=learn.dls.test_dl(list(images), bs=64), act=noop)[0]
+""",
+    # The network written down once more, as a stranger would who has the file's header and names
+    "model.safetensors": """
+import json, torch
+from safetensors import safe_open
+from torch.nn import functional as F
+with safe_open(path, framework="pt") as file:
+    header = json.loads(file.metadata()["custom-resnet"])
+    w = {name: file.get_tensor(name) for name in file.keys()}
+def layer(x, conv, norm, pool=False):
+    x = F.conv2d(x, w[conv + ".weight"], padding=1)
+    x = F.max_pool2d(x, 2) if pool else x
+    return F.relu(F.batch_norm(x, *(w[f"{norm}.{part}"] for part in ("running_mean", "running_var", "weight", "bias"))))
+def block(x, name):
+    x = layer(x, name + ".stem.0", name + ".stem.2", pool=True)
+    return x + layer(layer(x, name + ".res.0", name + ".res.1"), name + ".res.3", name + ".res.4")
+mean, std = (torch.tensor(header["normalization"][key])[:, None, None] for key in ("mean", "std"))
+x = (torch.from_numpy(images).permute(0, 3, 1, 2) / 255 - mean) / std
+x = block(layer(x, "body.0", "body.1"), "body.3")
+x = block(layer(x, "body.4", "body.6", pool=True), "body.8")
+x = F.linear(F.max_pool2d(x, 4).flatten(1), w["head.weight"], w["head.bias"])
+logits = x * header["architecture"]["logit_scale"]
+""",
+    "model.onnx": """
+import onnxruntime
+session = onnxruntime.InferenceSession(path)
+logits = np.concatenate([session.run(None, {"images": part})[0] for part in np.split(images, [1, 8])])
+""",
+    "model.pt2": """
+import torch
+network = torch.export.load(path).module()
+logits = torch.cat([network(torch.from_numpy(part)) for part in np.split(images, [1, 8])]).detach()
+""",
+}
+IN_A_PROCESS_OF_ITS_OWN = """
+import sys
+import numpy as np
+path, folder = sys.argv[1:]
+images = np.load(folder + "/images.npy")
+{}
+ours = {{"train_fastai", "data", "images", "model", "classifier", "export", "callbacks", "errors", "files"}}
+assert not ours & set(sys.modules), ours & set(sys.modules)
+np.save(folder + "/logits.npy", np.asarray(logits))
+"""
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_each_file_gives_the_learners_logits_where_this_project_is_not(learner, trained, tmp_path, name):
+    images = learner.dls.train_ds.items.images[:1000]
+    with learner.no_bar():
+        expected, _ = learner.get_preds(dl=learner.dls.test_dl(list(images), bs=64), act=noop)
+    np.save(tmp_path / "images.npy", images)
+    code = IN_A_PROCESS_OF_ITS_OWN.format(READERS[name])
+    words = [sys.executable, "-I", "-W", "ignore", "-c", code, str(trained / name), str(tmp_path)]
+    result = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    logits = np.load(tmp_path / "logits.npy")
+    assert logits.shape == (1000, 10)
+    assert np.abs(logits - expected.numpy()).max() <= 1e-4
+    assert expected.std() > 0.5, "they are not all the same"
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_each_file_is_read_back_with_what_goes_with_it(trained, name):
+    model = load_model(trained / name, "cpu")
+    assert model.classes == RESULT["classes"]
+    assert name == "export.pkl" or model.header == load_safetensors(trained / "model.safetensors")[1]
+
+
+@pytest.mark.parametrize("name", READERS)
+@pytest.mark.parametrize("harm", ["empty", "words", "cut off", "a pickle", "somebody else's", "torch's format"])
+def test_a_file_of_any_kind_that_is_none_is_one_line(trained, tmp_path, monkeypatch, name, harm):
+    path = tmp_path / name
+    monkeypatch.chdir(tmp_path)
+    path.write_bytes((trained / name).read_bytes())
+    HARMS[harm](path)
+    with pytest.raises(InputError, match=rf"{re.escape(name)}: not a {path.suffix} file of this project \(.+\)$") as e:
+        load_model(path)
+    assert len(str(e.value)) < len(str(path)) + 150
+    assert name == "export.pkl" or not (tmp_path / "evil").exists(), "what is in it has been run"
+
+
+def test_an_onnx_file_of_somebody_else_is_refused(trained, tmp_path):
+    model = onnx.load(trained / "model.onnx")
+    del model.metadata_props[:]
+    onnx.save(model, tmp_path / "other.onnx")
+    with pytest.raises(InputError, match=r"other\.onnx: not a \.onnx file of this project"):
+        load_model(tmp_path / "other.onnx")
+
+
+def test_what_runs_on_the_cpu_refuses_another_device(trained):
+    for name in ("model.onnx", "model.pt2"):
+        with pytest.raises(InputError, match=r"--device cuda: .* runs on the CPU"):
+            load_model(trained / name, "cuda")
+
+
+# The command
+
+
+def export_command(*arguments, **env):
+    words = [sys.executable, "export.py", *map(str, arguments)]
+    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120, env={**os.environ, **env})
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    """The folder of a run that has ended, as far as `export.py` wants it."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in ("model.safetensors", "export.pkl"):
+        (folder / name).write_bytes((trained / name).read_bytes())
+    (folder / "README.md").write_text("# card\n")
+    (folder / "result.json").write_text("{}")
+    (folder / ".lock").write_text("")
+    (folder / "tensorboard").mkdir()
+    (folder / "tensorboard/events").write_text("many")
+    return folder
+
+
+@pytest.mark.parametrize("to", ["onnx", "pt2"])
+def test_the_command_writes_the_file_beside_the_safe_one(run, trained, to):
+    result = export_command(run, "--to", to)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.startswith(f"see          {run}/model.{to}, 1.")
+    x = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), np.uint8)
+    written, other = load_model(run / f"model.{to}"), load_model(trained / "model.safetensors")
+    assert np.allclose(written.logits(x), other.logits(x), atol=1e-4)
+    assert not list(run.glob(f".model*{to}"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["nosuch", "--to", "onnx"], "nosuch: no such file"),
+        ([".", "--to", "onnx"], r"\.: not the folder of a run that has ended"),
+        (["RUN"], "nothing to do; pass --to onnx or --to pt2, or --push USER/NAME"),
+        (["RUN", "--to", "tflite"], "invalid choice: 'tflite'"),
+        (["RUN", "--private", "--to", "onnx"], "--private goes with --push"),
+        (["RUN", "--push", "me/x"], "no token for the Hugging Face Hub; log in with hf auth login, or set HF_TOKEN"),
+        (["RUN/model.safetensors", "--push", "me/x"], "not the folder of a run that has ended"),
+    ],
+)
+def test_what_cannot_be_exported_is_one_line(run, tmp_path, arguments, line):
+    words = [word.replace("RUN", str(run)) for word in arguments]
+    result = export_command(*words, HF_HOME=str(tmp_path), HF_TOKEN="")
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert re.fullmatch(f"export.py: error: .*{line}.*\n", result.stderr), result.stderr
+
+
+def test_onnx_without_its_packages_says_what_to_install(run, monkeypatch):
+    monkeypatch.setattr(export_module, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"onnx is not installed; pip install -r requirements-onnx\.txt"):
+        save_onnx(*load_safetensors(run / "model.safetensors"), run / "model.onnx")
+
+
+# Publishing, against a stub of the Hub's API: the Hub itself has not been tried
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Answers as the Hub does when a repository is made and files are committed, as far as that goes."""
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        store, path = self.server.store, self.path.partition("?")[0]
+        if self.headers.get("Authorization") != "Bearer hf_good":
+            self.answer({"error": "Invalid username or password."}, 401)
+        elif path == "/api/repos/create":
+            store["made"] = json.loads(body)
+            self.answer({"url": f"http://{self.headers['Host']}/me/x", "id": "me/x"})
+        elif path == "/api/validate-yaml":
+            self.answer({"errors": [], "warnings": []})
+        elif path == "/api/models/me/x/preupload/main":
+            lfs = (".safetensors", ".pkl")
+            files = [file["path"] for file in json.loads(body)["files"]]
+            modes = {name: "lfs" if name.endswith(lfs) else "regular" for name in files}
+            self.answer({"files": [{"path": n, "uploadMode": m, "shouldIgnore": False} for n, m in modes.items()]})
+        elif path == "/me/x.git/info/lfs/objects/batch":
+            objects = json.loads(body)["objects"]
+            put = {o["oid"]: f"http://{self.headers['Host']}/put/{o['oid']}" for o in objects}
+            found = [{**o, "actions": {"upload": {"href": put[o["oid"]]}}} for o in objects]
+            self.answer({"transfer": "basic", "objects": found})
+        elif path == "/api/models/me/x/commit/main":
+            store["commit"] = [json.loads(line) for line in body.splitlines()]
+            self.answer(
+                {"success": True, "commitOid": "1", "commitUrl": f"http://{self.headers['Host']}/me/x/commit/1"}
+            )
+        else:
+            self.answer({"error": f"the stub does not know {path}"}, 404)
+
+    def do_PUT(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.store.setdefault("put", {})[self.path.removeprefix("/put/")] = body
+        self.answer({})
+
+    def do_GET(self):
+        self.answer({"error": "not there"}, 404)
+
+    do_HEAD = do_GET
+
+    def answer(self, content, code=200):
+        data = json.dumps(content).encode()
+        self.send_response(code)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def hub():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.store = {}
+    Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+
+
+def push(run, hub, token="hf_good", *more):
+    where = {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HUB_DISABLE_XET": "1"}
+    return export_command(run, "--push", "me/x", *more, HF_TOKEN=token, HF_HOME=str(run.parent), **where)
+
+
+def test_a_run_is_sent_with_its_card_and_without_logs(run, hub):
+    result = push(run, hub)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout == f"see          http://127.0.0.1:{hub.server_port}/me/x\n"
+    made, (header, *files) = hub.store["made"], hub.store["commit"]
+    assert (made["name"], made["organization"]) == ("x", "me")
+    assert not made.get("private")
+    assert header["value"]["summary"] == "Add run"
+    assert {file["value"]["path"] for file in files} == {"README.md", "result.json", "model.safetensors", "export.pkl"}
+    card = next(file["value"] for file in files if file["value"]["path"] == "README.md")
+    assert base64.b64decode(card["content"]) == b"# card\n"
+    sent = {hashlib.sha256(body).hexdigest() for body in hub.store["put"].values()}
+    assert sent == {file["value"]["oid"] for file in files if file["key"] == "lfsFile"}
+    assert hashlib.sha256((run / "model.safetensors").read_bytes()).hexdigest() in sent
+
+
+def test_a_repository_can_be_private(run, hub):
+    assert push(run, hub, "hf_good", "--private").returncode == 0
+    assert hub.store["made"].get("private") or hub.store["made"].get("visibility") == "private"
+
+
+def test_what_the_hub_refuses_is_one_line(run, hub):
+    result = push(run, hub, token="hf_wrong")
+    assert result.returncode == 2
+    assert re.fullmatch(r"export.py: error: --push me/x: the Hub does not take it \(.*401.*\)\n", result.stderr)
+    hub.shutdown()
+    hub.server_close()
+    result = push(run, hub)
+    assert result.returncode == 2
+    assert re.fullmatch(r"export.py: error: --push me/x: the Hub does not take it \(ConnectError.*\)\n", result.stderr)
+
+
+def test_a_run_without_a_card_is_not_sent(run, hub):
+    (run / "README.md").unlink()
+    result = push(run, hub)
+    assert result.returncode == 2
+    assert "has no model card; python report.py" in result.stderr
+    assert hub.store == {}
