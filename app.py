@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING
@@ -96,9 +97,10 @@ def page(model: Path) -> "gradio.Blocks":
         with gr.Row():
             with gr.Column():
                 gr.Markdown("### Drop, paste or take a picture")
-                picture = gr.Image(show_label=False, sources=["upload", "clipboard", "webcam"], height=SIDE)
-                # The file as it came: gradio would open it first, and complain in its own words.
-                picture.preprocess = lambda payload: payload and payload.path
+                picture = gr.Image(
+                    show_label=False, type="filepath", image_mode=None, height=SIDE,
+                    sources=["upload", "clipboard", "webcam"],
+                )  # fmt: skip
             with gr.Column():
                 gr.Markdown("### What it takes it for")
                 label = gr.Label(show_label=False, num_top_classes=TOP, elem_id="answer")
@@ -152,10 +154,8 @@ def main(
     port: int = None,  # Port to listen at [the first free one from 7860 on]
 ):
     """Show a page on which a trained model says what it takes pictures for."""
-    try:
-        import gradio as gr
-    except ImportError:
-        raise InputError("gradio is not installed; pip install -r requirements-app.txt") from None
+    if find_spec("gradio") is None:
+        raise InputError("gradio is not installed; pip install -r requirements-app.txt")
     from classifier import model_file
 
     file = model_file(model)
@@ -166,11 +166,13 @@ def main(
         print(f"see          {space}\npublish      hf upload USER/NAME {space} --repo-type space")
         return
     blocks = page(file)
+    import gradio as gr
+
     try:
         _, url, _ = blocks.launch(
             server_name=host, server_port=port, max_file_size=MAX_UPLOAD, ssr_mode=False,
             theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),  # not from Google
-            footer_links=["api", "gradio"], quiet=True, prevent_thread_lock=True,
+            footer_links=["api", "gradio"], show_error=True, quiet=True, prevent_thread_lock=True,
         )  # fmt: skip
     except OSError as e:
         raise InputError(f"--host {host} --port {port}: cannot listen there ({e}); pass another --port") from e

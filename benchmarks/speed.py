@@ -1,7 +1,7 @@
 """Measure what this project's speed rests on, and print it as tables.
 
     python benchmarks/speed.py                      everything, about a quarter of an hour on two cores
-    python benchmarks/speed.py --only loaders       one part: steps, loaders, profile, growth, workers, start
+    python benchmarks/speed.py --only loaders       one part; --help names them
 
 Run it on a machine that does nothing else. Only the ratios within one table mean something on another machine.
 """
@@ -25,6 +25,8 @@ PARTS = {
     "growth": "Growth: our loader over more and more images, memory beyond the imports",
     "workers": "Memory of the whole process tree with four workers, 50,000 images, beyond the imports",
     "start": "Start, on the CPU, 60,000 images",
+    "models": "The files of a trained model, full width, on the CPU",
+    "predict": "10,000 PNG images of 32x32 pixels, a network of width 16, on the CPU",
 }
 
 
@@ -45,9 +47,10 @@ def table(rows: list[dict]) -> str:
 def section(part: str, rows: list[dict]) -> str:
     """The table of a part, and the ratios that matter."""
     import loaders
+    import models
     import steps
 
-    summary = {"steps": steps.summary, "loaders": loaders.summary}.get(part)
+    summary = {"steps": steps.summary, "loaders": loaders.summary, "predict": models.summary}.get(part)
     return table(rows) + (f"\n\n{summary(rows)}" if summary else "")
 
 
@@ -74,6 +77,7 @@ def main(
     warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated")  # fastai's import
     import growth
     import loaders
+    import models
     import start
     import steps
     import torch
@@ -94,6 +98,8 @@ def main(
         "growth": growth.growth,
         "workers": growth.workers,
         "start": start.start,
+        "models": models.models,
+        "predict": models.predict,
     }
     for part, measure in parts.items():
         if only in (None, part):

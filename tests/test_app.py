@@ -1,0 +1,201 @@
+"""The page: asked through its API, and in a browser, from the folder that is made for a Space."""
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from gradio_client import Client, handle_file
+from gradio_client.exceptions import AppError
+from PIL import Image
+from playwright.sync_api import expect, sync_playwright
+
+import app as app_module
+from errors import InputError
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+def app(*words, cwd=ROOT):
+    command = [sys.executable, str(ROOT / "app.py"), *map(str, words)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def space(trained, tmp_path_factory):
+    """The folder for a Space, with a picture of each digit among the examples."""
+    run = tmp_path_factory.mktemp("run")
+    shutil.copy(trained / "model.safetensors", run)
+    (run / "examples").mkdir()
+    for label in range(10):
+        shutil.copy(next((trained / "digits" / str(label)).iterdir()), run / "examples" / f"{label:02}.png")
+    folder = run.parent / f"{run.name}-space"
+    result = app("--space", folder, run)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout == f"see          {folder}\npublish      hf upload USER/NAME {folder} --repo-type space\n"
+    return folder
+
+
+@pytest.fixture(scope="module")
+def url(space):
+    """Where `python app.py` in that folder, without this project on the path, shows the page."""
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    process = subprocess.Popen(
+        [sys.executable, "-u", "app.py"], cwd=space, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    line = process.stdout.readline()
+    assert line.startswith("see          http://127.0.0.1:"), process.stderr.read()
+    yield line.split()[1]
+    process.terminate()
+    process.wait(30)
+
+
+def test_a_space_has_what_it_needs(space):
+    names = {"app.py", "classifier.py", "errors.py", "files.py", "images.py", "model.py"}
+    others = {"README.md", "requirements.txt", "model.safetensors", "examples"}
+    assert {path.name for path in space.iterdir() if path.name != "__pycache__"} == names | others
+    head = (space / "README.md").read_text().split("---")[1]
+    assert 'sdk: "gradio"\n' in head
+    assert re.search(r'sdk_version: "\d+\.\d+\.\d+"\n', head)
+    assert 'app_file: "app.py"\n' in head
+    wanted = (space / "requirements.txt").read_text()
+    assert "torch" in wanted
+    assert "fastai" not in wanted
+    code = "import sys; sys.argv = ['app.py', '--help']; import app, classifier; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], cwd=space, capture_output=True, text=True, check=True)
+    assert not {"fastai", "albumentations", "sklearn"} & set(loaded.stdout.split())
+
+
+# Through the API
+
+
+def test_the_api_says_what_the_model_says(url, trained):
+    client = Client(url, verbose=False)
+    for path in sorted((trained / "digits/3").iterdir())[:2]:
+        label, seen, took = client.predict(handle_file(str(path)), api_name="/predict")
+        words = [sys.executable, "predict.py", trained, path, "--csv"]
+        row = subprocess.run(list(map(str, words)), cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        _, first, probability, *_ = row.splitlines()[1].split(",")
+        assert label["label"] == first
+        assert len(label["confidences"]) == 5
+        assert label["confidences"][0]["confidence"] == pytest.approx(float(probability), abs=1e-4)
+        assert Image.open(seen).size == (320, 320)
+        assert re.fullmatch(r"\d+ ms to read the picture, [\d.]+ ms to classify it, \d+ ms for the map \(.*\)", took)
+
+
+def test_the_api_refuses_what_is_no_picture_and_what_is_too_large(url, tmp_path):
+    client = Client(url, verbose=False)
+    (tmp_path / "words.png").write_text("these are words")
+    with pytest.raises(AppError, match="cannot identify image file"):
+        client.predict(handle_file(str(tmp_path / "words.png")), api_name="/predict")
+    Image.new("1", (9000, 8000)).save(tmp_path / "many.png")
+    with pytest.raises(AppError, match=r"not a readable image \(9000x8000 pixels, too many\)"):
+        client.predict(handle_file(str(tmp_path / "many.png")), api_name="/predict")
+    (tmp_path / "large.png").write_bytes(bytes(11_000_000))
+    with pytest.raises(Exception, match=r"413|larger|exceed"):
+        client.predict(handle_file(str(tmp_path / "large.png")), api_name="/predict")
+
+
+def test_the_page_is_for_this_machine_alone(url):
+    port = int(url.rstrip("/").rpartition(":")[2])
+    socket.create_connection(("127.0.0.1", port), 5).close()
+    with pytest.raises(ConnectionRefusedError):  # an address of this machine, too
+        socket.create_connection(("127.0.0.2", port), 5)
+
+
+# In a browser
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if CHROMIUM is None:
+        pytest.skip("there is no chromium here (Debian: apt install chromium)")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(params=[(1280, 900), (390, 844)], ids=["wide", "narrow"])
+def page(request, browser, url):
+    """The page in a window, which must not ask for anything from elsewhere."""
+    width, height = request.param
+    page = browser.new_page(viewport={"width": width, "height": height})
+    asked = []
+    page.on("request", lambda r: asked.append(r.url))
+    page.goto(url)
+    expect(page.get_by_text("What is in the picture?")).to_be_visible(timeout=30_000)
+    yield page
+    elsewhere = [a for a in asked if not a.startswith((url.rstrip("/"), "data:", "blob:"))]
+    page.close()
+    assert elsewhere == []
+
+
+def test_a_picture_is_named(page, trained):
+    answer = page.locator("#answer")
+    path = sorted((trained / "digits/4").iterdir())[0]
+    page.locator("input[type=file]").set_input_files(path)
+    expect(answer.locator("h2")).to_have_text("4", timeout=30_000)
+    expect(answer.locator("meter")).to_have_count(5)
+    expect(page.locator("#took")).to_contain_text("ms to classify it")
+    seen = page.locator("img[src*='/file=']").last
+    expect(seen).to_be_visible()
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), "it fits the window"
+    expect(page.get_by_text("Of anything else it knows nothing")).to_be_visible()
+
+
+def test_an_example_is_named(page):
+    page.locator("button.gallery-item").nth(6).click()
+    expect(page.locator("#answer h2")).to_have_text("6", timeout=30_000)
+
+
+def test_what_is_no_picture_is_a_message(page, tmp_path):
+    (tmp_path / "words.txt").write_text("these are words")
+    page.locator("input[type=file]").set_input_files(tmp_path / "words.txt")
+    expect(page.get_by_text("Invalid file type: words.txt")).to_be_visible(timeout=30_000)
+    page.reload()
+    shutil.copy(tmp_path / "words.txt", tmp_path / "words.png")
+    page.locator("input[type=file]").set_input_files(tmp_path / "words.png")
+    expect(page.get_by_text("cannot identify image file")).to_be_visible(timeout=30_000)
+
+
+# What goes wrong, and the picture
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ([], "model.safetensors: no such file; pass a run folder"),
+        (["TRAINED/export.pkl"], "the page takes a run folder, or its model.safetensors, and runs no other kind"),
+        (["TRAINED", "--space", "TRAINED"], "it is there already; name a new or an empty folder"),
+        (["TRAINED", "--space", "TRAINED/export.pkl/space"], "cannot be written"),
+        (["TRAINED", "--port", "BUSY"], "pass another --port"),
+        (["TRAINED", "--prot", "1"], "did you mean --port?"),
+    ],
+)
+def test_what_cannot_be_done_is_one_line(trained, words, line, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as busy:
+        stand_for = {"TRAINED": str(trained), "BUSY": str(busy.getsockname()[1])}
+        words = [re.sub("TRAINED|BUSY", lambda m: stand_for[m[0]], word) for word in words]
+        result = app(*words, cwd=tmp_path)
+    assert result.returncode == 2, result.stdout
+    assert re.fullmatch(rf"app.py: error: .*{re.escape(line)}.*\n", result.stderr), result.stderr
+
+
+def test_without_gradio_it_says_what_to_install(trained, monkeypatch):
+    monkeypatch.setattr(app_module, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"^gradio is not installed; pip install -r requirements-app\.txt$"):
+        app_module.main(str(trained))
+
+
+def test_the_map_is_bright_where_the_network_looked():
+    heat = np.zeros((32, 32), np.float32)
+    heat[:, 16:] = 1
+    picture = app_module.heat_map(np.full((32, 32, 3), 100, np.uint8), heat)
+    assert (picture.shape, picture.dtype) == ((320, 320, 3), np.uint8)
+    assert picture[:, 200:].min(axis=(0, 1)).sum() > 1.5 * picture[:, :120].max(axis=(0, 1)).sum()
