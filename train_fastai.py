@@ -13,6 +13,7 @@ In a notebook:
 """
 
 import gc
+import shlex
 import sys
 import warnings
 from contextlib import nullcontext
@@ -314,7 +315,7 @@ last epoch   {last["valid_accuracy"]:.2%} accuracy on the validation set, {held_
 {mirrored}best epoch   {best["valid_accuracy"]:.2%} in epoch {best["epoch"]}, chosen on the validation set, so a little too good to quote
 run folder   {run}: {shown}history.csv, result.json, export.pkl and model.safetensors from the last epoch, models/last.pth, models/best.pth
 
-use it       python -c "from fastai.learner import load_learner; print(load_learner('{run}/export.pkl').predict('IMAGE.png'))"
+use it       python predict.py {shlex.quote(str(run))} IMAGE.png
 again        {command_line(main, vars(options), config["processes"], seed=options.seed + 1, out=None, resume=None, max_minutes=None)}""")
     return result
 

@@ -142,9 +142,10 @@ def speed_page() -> str:
 def made_texts() -> dict[Path, str]:
     """What the files that are made, in whole or in part, should say."""
     loading = f"```text\n{section('loaders', speeds()['2-cores']['loaders'])}\n```"
+    models = f"```text\n{section('models', speeds()['2-cores-models']['models'])}\n```"
     scaled = json.loads((HERE / "scaling.json").read_text())
     parts = {
-        ROOT / "README.md": {"accuracy": accuracy_table(), "loading": loading},
+        ROOT / "README.md": {"accuracy": accuracy_table(), "loading": loading, "models": models},
         HERE / "README.md": {"ablation": ablation_tables()},
         ROOT / "docs" / "scaling.md": {f"{size} pixels": scaling.table(scaled, size) for size in scaling.SIZES},
     }

@@ -14,6 +14,7 @@ from errors import InputError, run_command
 from evaluation import Evaluation, evaluate
 from images import ImageTable
 from report import CAPTIONS
+from sources import load_images
 from train_fastai import main
 
 SMALL = {"data": "digits", "bs": 128, "width": 4, "epochs": 2, "lr": "0.1", "device": "cpu", "no_lr_find": True}
@@ -104,6 +105,15 @@ def test_a_run_shows_itself(run):
     assert result["fingerprint"] in text
 
 
+def test_a_run_keeps_an_image_of_each_class(run):
+    table = load_images("digits")
+    for label in range(10):
+        kept = np.asarray(Image.open(run / f"examples/{label:02}.png"))
+        mine = table.images[~table.is_train & (table.labels == label)]
+        assert (mine == kept).all((1, 2, 3)).any(), "a validation image of that class"
+    assert len(list((run / "examples").iterdir())) == 10
+
+
 def test_the_recipe_seed_stands_beside_it_where_it_was_measured(run, tmp_path, monkeypatch):
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     result = json.loads((run / "result.json").read_text())
@@ -117,7 +127,7 @@ def test_the_recipe_seed_stands_beside_it_where_it_was_measured(run, tmp_path, m
 
 
 def test_it_can_be_drawn_again(run, capsys):
-    before = {path: path.read_bytes() for path in run.iterdir() if path.suffix in (".png", ".svg", ".md")}
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.suffix in (".png", ".svg", ".md")}
     for path in before:
         path.unlink()
     report.main([str(run)], device="cpu")

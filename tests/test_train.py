@@ -28,7 +28,7 @@ FILES = {
     "config.json", "history.csv", "result.json", "augmentations.png", "loss.png", "accuracy.png", "export.pkl",
     "model.safetensors", "lr_find.png", "lr_find.csv", "lr_find.json", "models/best.pth", "models/last.pth",
     "README.md", "schedule.png", "confusion.png", "classes.png", "reliability.png", "wrong.png", "uncertain.png",
-    "loss.svg", "accuracy.svg", "schedule.svg",
+    "loss.svg", "accuracy.svg", "schedule.svg", *(f"examples/{label:02}.png" for label in range(10)),
 }  # fmt: skip
 TINY = ("--recipe", "demo", "--width", "4", "--device", "cpu")
 
@@ -80,7 +80,13 @@ def test_the_whole_job(command, tmp_path):
     assert "\r" not in out, "no progress bars in a file"
     assert "█" not in out
     assert len([line for line in out.splitlines() if re.match(r"epoch +\d+/3 .* train loss", line)]) == 3
-    for expected in ("Conv2d", "Total params: 26,350", "chosen on the validation set", "load_learner", "--seed 8"):
+    for expected in (
+        "Conv2d",
+        "Total params: 26,350",
+        "chosen on the validation set",
+        "predict.py runs/001-demo IMAGE",
+        "--seed 8",
+    ):
         assert expected in out
     last, best = (100 * max(float(r["valid_accuracy"]) for r in part) for part in (rows[-1:], rows))
     assert f"last epoch   {last:.2f}%" in out
