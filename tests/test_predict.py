@@ -79,7 +79,8 @@ def test_images_folders_patterns_and_a_list_on_stdin(trained, run, tmp_path, mon
     (tmp_path / ".hidden.png").write_bytes(b"")
     (tmp_path / "notes.txt").write_bytes(b"")
     Image.new("RGB", (50, 40)).save(tmp_path / "odd [1].gif")
-    assert list(rows(run(trained, tmp_path, "--json")[1])) == [str(tmp_path / "odd [1].gif")]
+    code, out, err = run(trained, tmp_path, "--json")
+    assert (code, list(rows(out)), err) == (0, [str(tmp_path / "odd [1].gif")], "")
     assert list(rows(run(trained, tmp_path / "odd [1].gif", "--json")[1])) == [str(tmp_path / "odd [1].gif")]
 
 
