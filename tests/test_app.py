@@ -45,14 +45,14 @@ def space(trained, tmp_path_factory):
 def url(space):
     """Where `python app.py` in that folder, without this project on the path, shows the page."""
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    process = subprocess.Popen(
-        [sys.executable, "-u", "app.py"], cwd=space, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    process = subprocess.Popen([sys.executable, "-u", "app.py"], cwd=space, env=env, stdout=subprocess.PIPE, text=True)
     line = process.stdout.readline()
-    assert line.startswith("see          http://127.0.0.1:"), process.stderr.read()
-    yield line.split()[1]
-    process.terminate()
-    process.wait(30)
+    try:
+        assert line.startswith("see          http://127.0.0.1:")
+        yield line.split()[1]
+    finally:
+        process.terminate()
+        process.wait(30)
 
 
 def test_a_space_has_what_it_needs(space):
