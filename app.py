@@ -9,6 +9,7 @@ RUN is the folder of a run, or a model.safetensors. It takes requirements-app.tx
 import json
 import os
 import shutil
+import socket
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,7 +28,7 @@ MAX_UPLOAD = "10mb"
 TOP = 5
 SIDE = 320  # pixels of the picture with the map on it
 CSS = "#picture img {width: 100%; height: 100%; object-fit: contain}"  # small pictures large
-MODULES = ("app.py", "classifier.py", "errors.py", "files.py", "images.py", "model.py")
+MODULES = ("app.py", "classifier.py", "errors.py", "images.py", "model.py")
 
 
 def heat_map(pixels: "np.ndarray", heat: "np.ndarray") -> "np.ndarray":
@@ -166,20 +167,24 @@ def main(
     if file.suffix != ".safetensors":
         raise InputError(f"{file}: the page takes a run folder, or its model.safetensors, and runs no other kind")
     if space:
-        write_space(file, Path(space))
+        write_space(file, Path(space).expanduser().resolve())
         print(f"see          {space}\npublish      hf upload USER/NAME {space} --repo-type space")
         return
     blocks = page(file)
     import gradio as gr
 
     try:
+        family = socket.AF_INET6 if ":" in (host or "") else socket.AF_INET
+        socket.create_server((host or "127.0.0.1", port or 0), family=family).close()  # gradio would try for ever
         _, url, _ = blocks.launch(
             server_name=host, server_port=port, max_file_size=MAX_UPLOAD, ssr_mode=False,
             theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),  # not from Google
             css=CSS, footer_links=["api", "gradio"], show_error=True, quiet=True, prevent_thread_lock=True,
         )  # fmt: skip
-    except OSError as e:
-        raise InputError(f"--host {host} --port {port}: cannot listen there ({e}); pass another --port") from e
+    except (OSError, OverflowError) as e:
+        given = {"--host": host, "--port": port}
+        where = " ".join(f"{option} {value}" for option, value in given.items() if value is not None)
+        raise InputError(f"{where or 'no free port'}: cannot listen there ({e}); pass others") from e
     print(f"see          {url}")
     blocks.block_thread()
 

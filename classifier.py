@@ -90,9 +90,11 @@ def load_safetensors(path: str | Path) -> tuple[Classifier, dict]:
         if len(header["classes"]) != header["architecture"]["num_classes"]:
             raise ValueError("classes are not as many as the network's outputs")
         mean, std = (header["normalization"][name] for name in ("mean", "std"))
-        numbers = [header["architecture"]["logit_scale"], *mean, *std]
+        numbers = [header["architecture"]["logit_scale"], header["last_accuracy"], *mean, *std]
         if not all(isinstance(n, int | float) and isfinite(n) for n in numbers) or not len(mean) == len(std) == 3:
-            raise ValueError("normalization or logit_scale are no numbers")
+            raise ValueError("normalization, logit_scale or last_accuracy are no numbers")
+        if not all(isinstance(header[name], str) for name in ("source", "valid")):
+            raise ValueError("source or valid are no words")
     except OSError as e:
         raise InputError(f"{path}: cannot be read ({e.strerror or e})") from e
     except Exception as e:  # whatever a foreign file makes of the readers and the network

@@ -79,7 +79,8 @@ def saved(state: dict) -> bytes:
 
 def safe() -> bytes:
     header = {"format": 1, "architecture": {"num_classes": 2, "width": 1, "norm": "batch", "logit_scale": 1.0},
-              "normalization": {"mean": [0.5] * 3, "std": [0.5] * 3}, "classes": ["a", "b"]}  # fmt: skip
+              "normalization": {"mean": [0.5] * 3, "std": [0.5] * 3}, "classes": ["a", "b"],
+              "source": "digits", "valid": "test", "last_accuracy": 0.5}  # fmt: skip
     return save(NETWORK.state_dict(), {classifier.HEADER: json.dumps(header)})
 
 

@@ -56,7 +56,7 @@ def url(space):
 
 
 def test_a_space_has_what_it_needs(space):
-    names = {"app.py", "classifier.py", "errors.py", "files.py", "images.py", "model.py"}
+    names = {"app.py", "classifier.py", "errors.py", "images.py", "model.py"}
     others = {"README.md", "requirements.txt", "model.safetensors", "examples"}
     assert {path.name for path in space.iterdir() if path.name != "__pycache__"} == names | others
     head = (space / "README.md").read_text().split("---")[1]
@@ -174,7 +174,9 @@ def test_what_is_no_picture_is_a_message(page, tmp_path):
         (["TRAINED/export.pkl"], "the page takes a run folder, or its model.safetensors, and runs no other kind"),
         (["TRAINED", "--space", "TRAINED"], "it is there already; name a new or an empty folder"),
         (["TRAINED", "--space", "TRAINED/export.pkl/space"], "cannot be written"),
-        (["TRAINED", "--port", "BUSY"], "pass another --port"),
+        (["TRAINED", "--port", "BUSY"], "cannot listen there ([Errno 98] Address already in use"),
+        (["TRAINED", "--port", "99999"], "cannot listen there (bind(): port must be 0-65535.); pass others"),
+        (["TRAINED", "--host", "no.such.host"], "--host no.such.host: cannot listen there ("),
         (["TRAINED", "--prot", "1"], "did you mean --port?"),
     ],
 )

@@ -138,6 +138,9 @@ HARMS = {
     "classes no words": headed(lambda header: header.update(classes=list(range(10)))),
     "no mean": headed(lambda header: header["normalization"].pop("mean")),
     "a mean of two": headed(lambda header: header["normalization"].update(mean=[0.5, 0.5])),
+    "no accuracy": headed(lambda header: header.pop("last_accuracy")),
+    "an accuracy of words": headed(lambda header: header.update(last_accuracy="best")),
+    "a source of numbers": headed(lambda header: header.update(source=1)),
     "weights of half the size": other_type,
 }
 
