@@ -96,7 +96,7 @@ def test_csv_has_a_row_an_image(trained, run, tmp_path):
     path = tmp_path / 'a "name", with more.png'
     Image.new("RGB", (32, 32), "white").save(path)
     code, out, _ = run(trained, path, path, "--csv")
-    probabilities = rows(run(trained, path, "--json")[1])[str(path)]["probabilities"]
+    probabilities = rows(run(trained, path, path, "--json")[1])[str(path)]["probabilities"]
     names, *lines = csv.reader(io.StringIO(out))
     assert names == ["image", "label1", "probability1", "label2", "probability2", "label3", "probability3"]
     cells = [str(cell) for pair in list(probabilities.items())[:3] for cell in pair]
