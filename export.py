@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from errors import InputError, run_command
+from files import complete
 
 if TYPE_CHECKING:
     from fastai.learner import Learner
@@ -40,7 +41,6 @@ def carry_our_code() -> None:
 
 def export(learn: "Learner", path: Path) -> None:
     """`learn.export` to `path`, complete or not at all. The file holds no images, no optimiser and no augmentation."""
-    from files import complete
 
     carry_our_code()
     home = learn.path
@@ -60,7 +60,6 @@ def save_safetensors(learn: "Learner", path: Path, result: dict) -> None:
     from safetensors.torch import save
 
     from classifier import FORMAT, HEADER
-    from files import complete
 
     mean, std = learn.dls.train_ds.items.train_stats()
     header = {
@@ -84,7 +83,6 @@ def save_onnx(classifier: "Classifier", header: dict, path: Path) -> None:
     import torch
 
     from classifier import HEADER
-    from files import complete
 
     if missing := [name for name in ("onnx", "onnxscript") if find_spec(name) is None]:
         raise InputError(f"--to onnx: {missing[0]} is not installed; pip install -r requirements-onnx.txt")
@@ -102,7 +100,6 @@ def save_pt2(classifier: "Classifier", header: dict, path: Path) -> None:
     import torch
 
     from classifier import HEADER
-    from files import complete
 
     program = torch.export.export(classifier, (_example(),), dynamic_shapes=({0: torch.export.Dim("n")},))
     with complete(path) as beside:

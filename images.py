@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import stat
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -53,11 +54,11 @@ def decode(data: bytes, name: str, animated: Callable[[str], None]) -> np.ndarra
 
 def read_image(path: Path, animated: Callable[[str], None]) -> np.ndarray:
     """`decode` of a file. Raises OSError where it cannot be read."""
-    if not path.is_file():  # to read a pipe would wait for ever
-        path.stat()
+    info = path.stat()
+    if not stat.S_ISREG(info.st_mode):  # to read a pipe would wait for ever
         raise InputError(f"{path}: not a file; remove it")
-    if (size := path.stat().st_size) > MAX_BYTES:
-        raise InputError(f"{path}: {size:,} bytes, more than any image here has; remove it")
+    if info.st_size > MAX_BYTES:
+        raise InputError(f"{path}: {info.st_size:,} bytes, more than any image here has; remove it")
     return decode(path.read_bytes(), str(path), animated)
 
 

@@ -95,11 +95,11 @@ def best(classes: list[str], probabilities: "np.ndarray", n: int | None = None) 
     return [(classes[i], float(probabilities[i])) for i in order]
 
 
-def print_table(rows: Iterator, classes: list[str], names: list[str]) -> None:
+def print_table(rows: Iterator, classes: list[str], paths: list[Path]) -> None:
     """The most probable classes of each image; in a terminal, long names lose their beginning."""
     short = {name: printable(name if len(name) <= 14 else f"{name[:13]}…") for name in classes}
     top, cell = min(TOP, len(classes)), max(map(len, short.values())) + 9
-    width = max(map(len, names), default=0)
+    width = max((len(printable(str(path))) for path in paths), default=0)
     if sys.stdout.isatty():
         width = min(width, max(12, shutil.get_terminal_size().columns - top * (cell + 2)))
     for path, probabilities in rows:
@@ -109,7 +109,7 @@ def print_table(rows: Iterator, classes: list[str], names: list[str]) -> None:
         print(f"{name:<{width}}  {'  '.join(cells)}")
 
 
-def print_csv(rows: Iterator, classes: list[str], names: list[str]) -> None:
+def print_csv(rows: Iterator, classes: list[str], paths: list[Path]) -> None:
     """The most probable classes of each image, a row each, under a line of names."""
     sys.stdout.reconfigure(errors="surrogateescape")
     writer = csv.writer(sys.stdout, lineterminator="\n")
@@ -119,7 +119,7 @@ def print_csv(rows: Iterator, classes: list[str], names: list[str]) -> None:
         writer.writerow([path, *(v for label, p in best(classes, probabilities, TOP) for v in (label, round(p, 6)))])
 
 
-def print_json(rows: Iterator, classes: list[str], names: list[str]) -> None:
+def print_json(rows: Iterator, classes: list[str], paths: list[Path]) -> None:
     """A JSON object a line: the image, its most probable class, and the probability of each, the highest first."""
     for path, probabilities in rows:
         ordered = best(classes, probabilities)
@@ -130,11 +130,12 @@ def print_json(rows: Iterator, classes: list[str], names: list[str]) -> None:
 def labels_of(paths: list[Path], classes: list[str]) -> list[int]:
     """The class whose name each image's folder has. Raises InputError where there is none."""
     numbers = {name: i for i, name in enumerate(classes)}
-    for path in paths:
-        if path.absolute().parent.name not in numbers:
+    names = [path.absolute().parent.name for path in paths]
+    for path, name in zip(paths, names, strict=True):
+        if name not in numbers:
             some = ", ".join(classes[:12]) + (" …" if len(classes) > 12 else "")
             raise InputError(f"{path}: --eval takes images in folders named as the model's classes: {some}")
-    return [numbers[path.absolute().parent.name] for path in paths]
+    return [numbers[name] for name in names]
 
 
 def evaluation(rows: Iterator, paths: list[Path], classes: list[str]) -> dict:
@@ -199,21 +200,21 @@ def main(
     """Print what a trained model takes images for."""
     if json and csv:
         raise InputError("--json contradicts --csv; drop one of them")
+    for word in images:
+        if eval and all((Path(word) / split).is_dir() for split in ("train", "test")):
+            raise InputError(f"{word}: --eval on training images flatters; pass {Path(word) / 'test'}")
     from classifier import load_model
 
     loaded, failures = load_model(model, device), Failures()
     if tta and loaded.header.get("flip") == 0:
         raise InputError(f"--tta: {model} has never learned from mirror images; leave it out")
-    for word in images:
-        if eval and all((Path(word) / split).is_dir() for split in ("train", "test")):
-            raise InputError(f"{word}: --eval on training images flatters; pass {Path(word) / 'test'}")
     paths = find_images(images, failures)
     rows = predictions(loaded, paths, tta, failures)
     print_rows, print_result = WRITERS["json" if json else "csv" if csv else "table"]
     if eval:
         print_result(evaluation(rows, paths, loaded.classes))
     else:
-        print_rows(rows, loaded.classes, [printable(str(path)) for path in paths])
+        print_rows(rows, loaded.classes, paths)
     if failures.count:
         print(f"predict.py: {failures.count} could not be used", file=sys.stderr)
         sys.exit(1)

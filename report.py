@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated
 
 from errors import InputError, run_command
+from files import complete
 from options import command_line, defaults, get_device, recipe_of
 from recipes import Recipe
 
@@ -45,7 +46,7 @@ def write_report(learn: "Learner", result: dict, evaluation: "Evaluation") -> No
     from classifier import classifier_of, grad_cam
     from pictures import save_classes, save_confusion, save_examples, save_history, save_reliability, save_schedules
 
-    run = learn.path
+    run, classifier = learn.path, classifier_of(learn)
     what = f"{result['source']}, recipe {result['recipe']}, width {result['width']}, seed {result['seed']}"
     save_history(result["history"], run, what, seed_curve(result))
     recipe = replace(recipe_of(result["arguments"]), lr=result["peak_lr"])
@@ -58,7 +59,7 @@ def write_report(learn: "Learner", result: dict, evaluation: "Evaluation") -> No
         ("uncertain", evaluation.most_uncertain(EXAMPLES), "The least certain predictions"),
     ):
         images, _ = evaluation.table.batch(chosen.tolist())
-        maps = grad_cam(classifier_of(learn), images, evaluation.predicted[chosen]) if len(chosen) else []
+        maps = grad_cam(classifier, images, evaluation.predicted[chosen]) if len(chosen) else []
         save_examples(evaluation, chosen, maps, title, run / f"{name}.png")
     save_first_images(evaluation, run / "examples")
     write_card(run, result)
@@ -67,8 +68,6 @@ def write_report(learn: "Learner", result: dict, evaluation: "Evaluation") -> No
 def save_first_images(evaluation: "Evaluation", folder: Path) -> None:
     """One validation image of each of the first classes as PNG, for `app.py` to offer: the first, whatever it shows."""
     from PIL import Image
-
-    from files import complete
 
     folder.mkdir(exist_ok=True)
     for label in range(min(EXAMPLES, len(evaluation.table.classes))):
@@ -91,7 +90,6 @@ def seed_curve(result: dict) -> list[float] | None:
 
 def write_card(run: Path, result: dict) -> None:
     """The run's `README.md`, a model card as the Hugging Face Hub shows it."""
-    from files import complete
     from train_fastai import main
 
     unlike = {"out": None, "resume": None, "max_minutes": None}

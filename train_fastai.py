@@ -24,6 +24,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated
 
 from errors import InputError, Stopped, run_command
+from files import write_json
 from options import check_compiler, command_line, defaults, get_device, recipe_of, resumed, set_deterministic
 from recipes import RECIPES, Recipe, get_recipe, recipe_table
 
@@ -183,7 +184,6 @@ def _train(options: SimpleNamespace, settings: Recipe, run: Path | None) -> dict
     from distributed import all_ranks, on_rank0, own_folder, rank_distrib
     from evaluation import evaluate
     from export import export, save_safetensors
-    from files import write_json
     from lr_finder import RangeTest, range_test, undisturbed
     from pictures import save_augmentations, save_lr_find
     from report import write_report

@@ -19,6 +19,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from errors import run_command
+from files import write_json
 from report import markdown_table
 
 PARAMETERS = 6_573_130
@@ -105,8 +106,6 @@ def main(
     for size in SIZES:
         print(f"\n{size}x{size} pixels\n{table(figures, size)}")
     if save:
-        from files import write_json
-
         write_json(Path(save), figures)
 
 

@@ -1,6 +1,6 @@
 """Measure what this project's speed rests on, and print it as tables.
 
-    python benchmarks/speed.py                      everything, about a quarter of an hour on two cores
+    python benchmarks/speed.py                      everything, about eighteen minutes on two cores
     python benchmarks/speed.py --only loaders       one part; --help names them
 
 Run it on a machine that does nothing else. Only the ratios within one table mean something on another machine.
@@ -17,6 +17,7 @@ from typing import Annotated
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from errors import InputError, run_command
+from files import write_json
 
 PARTS = {
     "steps": "Training, batch 512: seconds per epoch of 97 steps on a GPU, 3 on a CPU",
@@ -82,7 +83,6 @@ def main(
     import steps
     import torch
 
-    from files import write_json
     from options import get_device
 
     device = get_device(device)

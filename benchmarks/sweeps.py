@@ -19,6 +19,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from errors import InputError, run_command
+from files import write_json
 from train_fastai import main as train
 
 PEAKS = np.geomspace(0.01, 10, 8).tolist()
@@ -105,8 +106,6 @@ def main(
         return
     figures = peaks(folder, seeds, lrs or PEAKS, **arguments | {"epochs": epochs or 3})
     if save:
-        from files import write_json
-
         write_json(Path(save), figures)
 
 

@@ -177,11 +177,8 @@ def test_a_labelled_folder_gives_accuracy_and_a_table_of_classes(learner, traine
     assert (code, err) == (0, "")
     assert (result["images"], result["accuracy"]) == (len(right), right.mean())
     for i, name in enumerate(RESULT["classes"]):
-        mine = labels.numpy() == i
-        assert (result["classes"][name]["images"], result["classes"][name]["accuracy"]) == (
-            mine.sum(),
-            right[mine].mean(),
-        )
+        mine, row = labels.numpy() == i, result["classes"][name]
+        assert (row["images"], row["accuracy"]) == (mine.sum(), right[mine].mean())
     worst = min(result["classes"], key=lambda name: result["classes"][name]["accuracy"])
     taken = probabilities.argmax(1).numpy()[(labels.numpy() == int(worst)) & ~right]
     assert result["classes"][worst]["times"] == np.bincount(taken).max()
