@@ -18,6 +18,7 @@ from fastai.torch_core import to_detach
 from fastcore.basics import noop
 
 from errors import InputError
+from precision import full_precision
 
 
 class SmoothLoss(AvgSmoothLoss):
@@ -134,10 +135,11 @@ def logged(to: str | None, run: Path, config: dict) -> Iterator[list[Callback]]:
 
 
 def tta_accuracy(learn: Learner) -> float:
-    """Accuracy on the validation set of the logits averaged over each image and its mirror image.
+    """Accuracy on the validation set, in fp32, of the logits averaged over each image and its mirror image.
 
     fastai's `tta` averages over random augmentations instead. Source: Page's "bag of tricks", as "TTA".
     """
-    logits, targets = learn.get_preds(act=noop)
-    mirrored, _ = learn.get_preds(act=noop, cbs=Mirror())
+    with full_precision(learn):
+        logits, targets = learn.get_preds(act=noop)
+        mirrored, _ = learn.get_preds(act=noop, cbs=Mirror())
     return accuracy(logits + mirrored, targets).item()

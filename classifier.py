@@ -1,8 +1,10 @@
 """A trained network as a function of pixels, from any of its files. The safe one needs torch and safetensors alone."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +24,17 @@ if TYPE_CHECKING:
 
 HEADER = "custom-resnet"  # the key of our JSON among the strings that a safetensors, ONNX or pt2 file can carry
 FORMAT = 1  # changes with what is in the header
+
+
+@contextmanager
+def without_tf32() -> Iterator[None]:
+    """Within this a GPU convolves fp32 in full, as a CPU does; torch's default is TF32, good to three digits."""
+    cudnn = import_module("torch.backends.cudnn")  # spelled as usual, it could not go into an exported learner
+    before, cudnn.allow_tf32 = cudnn.allow_tf32, False
+    try:
+        yield
+    finally:
+        cudnn.allow_tf32 = before
 
 
 class Classifier(nn.Module):
@@ -161,6 +174,7 @@ def _of_torch(classifier: nn.Module, header: dict, device: torch.device) -> Mode
     classifier.to(device, memory_format=torch.channels_last)  # as the pixels lie
 
     @torch.inference_mode()
+    @without_tf32()
     def logits(images: np.ndarray) -> np.ndarray:
         return classifier(torch.from_numpy(images).to(device)).cpu().numpy()
 

@@ -29,6 +29,17 @@ class Stopped(Exception):
         self.code = code
 
 
+def let_idle_threads_sleep() -> None:
+    """Have threads that wait for others give up their core soon, unless the environment says otherwise.
+
+    OpenMP's threads spin for long, which on a busy machine keeps those from working that they wait for. It reads this
+    when torch is imported; `results/README.md` has what each way costs.
+    """
+    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & os.environ.keys():
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+        os.environ["GOMP_SPINCOUNT"] = "10000"  # GNU's, which torch comes with: to sleep at once slows small steps
+
+
 def run_command(func: Callable, pos: Sequence[str] = ()) -> None:
     """Call `func` with the command line that its signature describes, as fastcore's `call_parse` does, but strictly.
 
@@ -36,6 +47,7 @@ def run_command(func: Callable, pos: Sequence[str] = ()) -> None:
     argparse would print its whole usage first. `pos` names arguments that stay positional though they have a default.
     Exits with 2 for bad input, 130 for Ctrl-C.
     """
+    let_idle_threads_sleep()
     parser = anno_parser(func, pos=pos)
     parser.allow_abbrev = False
     options = [o for a in parser._actions for o in a.option_strings if a.help != "==SUPPRESS==" and len(o) > 2]

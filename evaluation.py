@@ -7,6 +7,7 @@ from fastai.learner import Learner
 from sklearn.metrics import confusion_matrix
 
 from images import ImageTable
+from precision import full_precision
 
 BINS = 15  # as in the paper on calibration below
 
@@ -64,7 +65,7 @@ class Evaluation:
 
 
 def evaluate(learn: Learner) -> Evaluation:
-    """The learner's predictions on its validation set: one forward pass."""
-    with learn.no_bar(), learn.no_logging():
+    """The learner's predictions on its validation set, in fp32: one forward pass."""
+    with learn.no_bar(), learn.no_logging(), full_precision(learn):
         probabilities, labels = learn.get_preds()
     return Evaluation(learn.dls.valid_ds.items, labels.numpy(), probabilities.numpy())

@@ -31,11 +31,13 @@ def carry_our_code() -> None:
     import cloudpickle
 
     import callbacks
+    import classifier
     import data
     import images
     import model
+    import precision
 
-    for module in (callbacks, data, images, model):
+    for module in (callbacks, classifier, data, images, model, precision):
         cloudpickle.register_pickle_by_value(module)
 
 

@@ -1,4 +1,4 @@
-"""Files that appear under their name complete or not at all."""
+"""Files that appear under their name complete or not at all, and folders that one process holds at a time."""
 
 import csv
 import json
@@ -6,6 +6,13 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from errors import InputError
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None
 
 
 @contextmanager
@@ -34,3 +41,20 @@ def write_csv(path: Path, names: Iterable[str], rows: Iterable[Iterable]) -> Non
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(names)
         writer.writerows(rows)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold `folder` for this process, however it ends. Raises InputError where another one does."""
+    path = folder / ".lock"
+    with path.open("w") as file:
+        try:
+            if fcntl:  # lockf, as flock would be held by worker processes that live longer
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            what = "another process trains in this folder"
+            raise InputError(f"{folder}: {what}; wait for it, or pass --out PATH") from None
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)

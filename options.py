@@ -85,10 +85,11 @@ def resumed(func: Callable, given: dict) -> tuple[Path | None, dict]:
     now = {name: value for name, value in given.items() if value != defaults(func)[name]}
     for name, value in now.items():
         if name not in free and str(value) not in (str(started.get(name)), str(config.get(name))):
-            was = started.get(name) if started.get(name) is not None else config.get(name)
+            was = config.get(name, started.get(name))
             why = "; the learning rates of all epochs depend on it" if name == "epochs" else ""
             raise InputError(f"--{name.replace('_', '-')} {value}: {run} was started with {was}{why}; leave it out")
-    return run, {**started, **{name: value for name, value in now.items() if name in free}}
+    kept = {"precision": config.get("precision", "fp32")}  # whatever is the fastest where it goes on
+    return run, {**started, **kept, **{name: value for name, value in now.items() if name in free}}
 
 
 def command_line(func: Callable, given: dict, processes: int = 1, **changes) -> str:

@@ -104,7 +104,9 @@ def write_card(run: Path, result: dict) -> None:
     ]
     figures = [(name, f"{100 * value:.2f} %", how) for name, value, how in figures if value is not None]
     names = [field.name for field in fields(Recipe) if field.name not in ("data", "lr", "width")]
-    settings = [(name, result[name]) for name in ("peak_lr", *names, "norm", "seed")]
+    settings = [(name, result[name]) for name in ("peak_lr", *names, "norm", "precision", "seed")]
+    code = f"Code: commit `{result['commit']}`{'' if result['clean'] else ', changed'}. " if result["commit"] else ""
+    trained_in = "" if best == result["epochs"] else f", but for the best epoch in {result['precision']}"
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     measured = {
         "task": {"type": "image-classification"},
@@ -132,7 +134,7 @@ apart: {", ".join(classes)}.
 
 {markdown_table(("figure", "value", ""), figures)}
 
-All on {n["valid"]:,} images, {where}.
+All on {n["valid"]:,} images, {where}, in fp32{trained_in}; trained in {result["precision"]}.
 
 ## Use
 
@@ -155,7 +157,7 @@ label, index, probabilities = learn.predict("picture.png")
 
 Data: {result["source"]}, {n["train"]:,} images to train on; SHA-256 over classes, labels, split and pixels
 `{result["fingerprint"]}`. It took {result["seconds"]:.0f} seconds on {result["device"]} ({result["device_name"]}),
-all included. Versions: {versions}.
+all included. {code}Versions: {versions}.
 
 ## Limits
 
@@ -219,7 +221,8 @@ def compare(runs: list[Path], picture: Path) -> None:
             raise InputError(f"{name} is {' in one, '.join(sorted(values))} in another; compare like with like")
     groups = defaultdict(list)
     for result in results:
-        groups[f"{result['recipe']}, width {result['width']}, {result['epochs']} epochs"].append(result)
+        name = f"{result['recipe']}, width {result['width']}, {result['epochs']} epochs, {result['precision']}"
+        groups[name].append(result)
     for name, group in groups.items():
         print(f"{name}: accuracy on {group[0]['source']} ({group[0]['valid']}), in %\n\n{runs_table(group)}\n")
     save_comparison(groups, picture)

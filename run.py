@@ -3,8 +3,8 @@
 import json
 import os
 import platform
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+import subprocess
+from collections.abc import Iterable
 from importlib.metadata import version
 from math import isfinite
 from pathlib import Path
@@ -12,7 +12,7 @@ from time import perf_counter
 
 import numpy as np
 import torch
-from fastai.callback.core import CancelFitException
+from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.tracker import TrackerCallback
 from fastai.learner import Learner, save_model
 from fastai.torch_core import num_distrib, rank_distrib
@@ -20,11 +20,6 @@ from fastai.torch_core import num_distrib, rank_distrib
 from distributed import total
 from errors import InputError
 from files import complete, write_csv
-
-try:
-    import fcntl
-except ImportError:  # Windows has no such locks
-    fcntl = None
 
 PACKAGES = ("fastai", "torch", "torchvision", "albumentations", "fastcore", "numpy", "pillow")
 
@@ -60,26 +55,10 @@ def new_run_folder(recipe: str, out: str | None = None, parent: str = "runs") ->
         raise InputError(f"{e.filename}: the run folder cannot be made here ({e.strerror}); pass --out PATH") from e
 
 
-@contextmanager
-def locked(run: Path) -> Iterator[None]:
-    """Hold `run` for this process, however it ends. Raises InputError where another one does."""
-    path = run / ".lock"
-    with path.open("w") as file:
-        try:
-            if fcntl:  # lockf, as flock would be held by worker processes that live longer
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InputError(f"{run}: another process trains in this folder; wait for it, or pass --out PATH") from None
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
-
-
 def describe(learn: Learner, asked: dict) -> dict:
     """What goes into `config.json`: what was asked for, on what data, device and versions."""
     device, table = learn.dls.device, learn.dls.train_ds.items
-    cpu = f"{os.cpu_count()} cores, {platform.machine()}"
+    cpu = f"{processor()}, {os.cpu_count()} cores"
     return {
         **asked,
         "source": table.name,
@@ -92,8 +71,29 @@ def describe(learn: Learner, asked: dict) -> dict:
         "threads": torch.get_num_threads(),
         "processes": max(1, num_distrib()),
         "workers": learn.dls.train.fake_l.num_workers,
+        **code_version(),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
     }
+
+
+def processor() -> str:
+    """Its name, or its architecture where that is all one can know."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def code_version() -> dict:
+    """The git commit that this code is at, and whether no tracked file differs from it; None where git knows none."""
+    words = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
+    try:
+        said = subprocess.run(words, capture_output=True, text=True, timeout=60, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):  # no git, or an archive of the code instead of a clone
+        return {"commit": None, "clean": None}
+    return {"commit": said.removesuffix("-dirty"), "clean": not said.endswith("-dirty")}
 
 
 def finished(run: Path) -> dict | None:
@@ -130,6 +130,35 @@ def save_weights(learn: Learner, name: str) -> Path:
     with complete(path) as beside, beside.open("wb") as file:  # torch, given a path, hides why it cannot write there
         save_model(file, learn.model, opt=None, with_opt=False)
     return path
+
+
+def say(learn: Learner, line: str) -> None:
+    """Print it, above fastai's bar if there is one."""
+    (learn.progress.mbar.write if hasattr(learn, "progress") else print)(line)
+
+
+class Forecast(Callback):
+    """Says on a CPU, where it can be hours, how long the training will take: after its first batches."""
+
+    warm_up, least = 2, 5  # batches that are slower than the others; then at least so many more, and seconds
+
+    def before_fit(self):
+        self.times = []
+
+    def after_batch(self):
+        if not self.training or self.times is None or self.dls.device.type != "cpu":
+            return
+        self.times.append(perf_counter())
+        seconds, batches = self.times[-1] - self.times[0], len(self.times) - 1
+        if seconds < self.least or batches < self.warm_up + self.least:
+            return
+        seconds = (self.times[-1] - self.times[self.warm_up]) / (batches - self.warm_up)
+        images = len(self.dls.train_ds) + len(self.dls.valid_ds) / 3  # a forward pass is a third of a step
+        left = seconds * images / self.dls.train.bs * self.n_epoch * (1 - self.pct_train)
+        if left > 60:
+            time = f"{left / 60:.0f} minutes" if left < 7200 else f"{left / 3600:.1f} hours"
+            say(self.learn, f"time         about {time} at this speed, {self.dls.train.bs / seconds:,.0f} images/s")
+        self.times = None
 
 
 class RunLog(TrackerCallback):
@@ -206,11 +235,11 @@ class RunLog(TrackerCallback):
         if self.new_best:
             self.best_epoch = row["epoch"]
             save_weights(self.learn, "best")
-        write = self.learn.progress.mbar.write if hasattr(self.learn, "progress") else print
-        write(
+        say(
+            self.learn,
             f"epoch {row['epoch']:>3}/{self.n_epoch}   train loss {row['train_loss']:.4f}, accuracy "
             f"{row['train_accuracy']:7.2%}   valid loss {row['valid_loss']:.4f}, accuracy "
-            f"{row['valid_accuracy']:7.2%}   lr {row['lr']:.2e}   {row['seconds']:.1f} s"
+            f"{row['valid_accuracy']:7.2%}   lr {row['lr']:.2e}   {row['seconds']:.1f} s",
         )
         if not isfinite(loss):
             raise CancelFitException  # `train_fastai` says why: fastai wraps an error raised here in its own words

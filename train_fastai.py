@@ -24,7 +24,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated
 
 from errors import InputError, Stopped, run_command
-from files import write_json
+from files import locked, write_json
 from options import check_compiler, command_line, defaults, get_device, recipe_of, resumed, set_deterministic
 from recipes import RECIPES, Recipe, get_recipe, recipe_table
 
@@ -37,11 +37,14 @@ if TYPE_CHECKING:
 # answer at once.
 
 
-def get_learner(dls: "DataLoaders", recipe: str | Recipe = "fast", norm: str = "batch", **kwargs) -> "Learner":
-    """A plain fastai `Learner`: the recipe's network, loss and optimiser, channels-last, on CUDA in mixed precision.
+def get_learner(
+    dls: "DataLoaders", recipe: str | Recipe = "fast", norm: str = "batch", precision: str = "auto", **kwargs
+) -> "Learner":
+    """A plain fastai `Learner`: the recipe's network, loss and optimiser, channels-last, in mixed precision.
 
-    `kwargs` go to `Learner`; callbacks among them come on top of these. Raises InputError for an unknown recipe,
-    ValueError for an unknown norm.
+    `precision` is "fp32", "bf16", "fp16", or "auto" for the fastest that the device has. `kwargs` go to `Learner`;
+    callbacks among them come on top of these. Raises InputError for an unknown recipe, and for a precision that the
+    device lacks, ValueError for an unknown norm.
     """
     from functools import partial
 
@@ -49,7 +52,6 @@ def get_learner(dls: "DataLoaders", recipe: str | Recipe = "fast", norm: str = "
     import fastai.callback.schedule  # noqa: F401  lr_find and fit_one_cycle
     import torch
     from fastai.callback.channelslast import ChannelsLast
-    from fastai.callback.fp16 import AMPMode, MixedPrecision
     from fastai.callback.mixup import CutMix
     from fastai.callback.progress import ProgressCallback
     from fastai.learner import Learner, Recorder
@@ -62,20 +64,19 @@ def get_learner(dls: "DataLoaders", recipe: str | Recipe = "fast", norm: str = "
     from callbacks import LazyProgress, LazyRecorder
     from export import carry_our_code
     from model import CustomResNet
+    from precision import MixedPrecision, choose_precision
 
     carry_our_code()
     recipe = get_recipe(recipe)
     model = CustomResNet(len(dls.vocab), recipe.width, norm, recipe.logit_scale).to(dls.device)
     lazy = {Recorder: LazyRecorder, ProgressCallback: LazyProgress}
     cbs = [*(lazy.get(cb, cb) for cb in defaults.callbacks), ChannelsLast()]
+    cbs.append(MixedPrecision(choose_precision(precision, dls.device)))
     if recipe.cutmix:
         cbs.append(CutMix(recipe.cutmix))
     if dls.device.type == "cuda":
         # Batches have one shape: cuDNN tries its ways once and keeps the best, which is not always the same one.
         torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
-        # Volta and Turing only emulate bf16. Compute capability 8.0, Ampere, has it.
-        has_bf16 = torch.cuda.get_device_capability(dls.device) >= (8, 0)
-        cbs.append(MixedPrecision(AMPMode.BF16 if has_bf16 else AMPMode.FP16))
     settings = {
         "loss_func": CrossEntropyLossFlat(label_smoothing=recipe.label_smoothing),
         # fastai's own SGD has no Nesterov momentum
@@ -106,7 +107,7 @@ def new_learner(options: SimpleNamespace, settings: Recipe, device: "torch.devic
         pad=settings.pad, flip=settings.flip, cutout=settings.cutout,
     )  # fmt: skip
     set_seed(options.seed)
-    return get_learner(dls, settings, options.norm)
+    return get_learner(dls, settings, options.norm, options.precision)
 
 
 def main(
@@ -130,6 +131,7 @@ def main(
     workers: int = None,  # Loader processes [one a core up to 8 for a GPU, 0 on a CPU]
     valid: Annotated[str, {"choices": ["test", "holdout"]}] = "test",  # Validate on the test set, or on a tenth of the training set
     device: str = "auto",  # auto, cpu, cuda, cuda:1 or mps
+    precision: Annotated[str, {"choices": ["auto", "fp32", "bf16", "fp16"]}] = "auto",  # Of the training; auto is the fastest that the device has, and what is measured at the end is in fp32
     out: str = None,  # Run folder, new or empty [runs/NNN-recipe]
     resume: str = None,  # Go on with the run in this folder; auto: with the one in --out, if it has been started
     max_minutes: float = None,  # Stop after so many minutes of training, with a checkpoint to go on from
@@ -188,12 +190,12 @@ def _train(options: SimpleNamespace, settings: Recipe, run: Path | None) -> dict
     from pictures import save_augmentations, save_lr_find
     from report import write_report
     from run import (
+        Forecast,
         RunLog,
         check_out,
         check_same,
         describe,
         finished,
-        locked,
         new_run_folder,
         print_config,
         save_weights,
@@ -217,6 +219,7 @@ def _train(options: SimpleNamespace, settings: Recipe, run: Path | None) -> dict
         **asdict(settings),
         "lr": options.lr if options.lr == "auto" else settings.lr,
         "schedule": str(settings.schedule),
+        "precision": learn.mixed_precision.precision,
         **{name: getattr(options, name) for name in ("norm", "seed", "valid", "sync_bn", "compile", "deterministic")},
     }
     config = describe(learn, asked) | {
@@ -270,7 +273,7 @@ def _train(options: SimpleNamespace, settings: Recipe, run: Path | None) -> dict
         state = on_rank0(load_checkpoint, run, learn.model)
         log, checkpoint = RunLog(), Checkpoint(state, options.max_minutes)
         print(f"training     {settings.epochs} epochs, peak learning rate {peak:.3g}{checkpoint}")
-        cbs = [*settings.schedule.callbacks(peak), log, checkpoint]
+        cbs = [*settings.schedule.callbacks(peak), log, Forecast(), checkpoint]
         logger = logged(options.log if first else None, run, config)
         with all_ranks(learn, options.sync_bn), signals(checkpoint.ask_to_stop), logger as loggers:
             learn.fit(settings.epochs, peak, cbs=cbs + loggers, start_epoch=checkpoint.first_epoch)
@@ -284,20 +287,21 @@ def _train(options: SimpleNamespace, settings: Recipe, run: Path | None) -> dict
             )
         if not first:
             return None
-        last, best = log.history[-1], log.history[(log.best_epoch or 1) - 1]
+        best = log.history[(log.best_epoch or 1) - 1]
         save_weights(learn, "last")
         export(learn, run / "export.pkl")
         with learn.no_bar():
             averaged = tta_accuracy(learn) if options.tta else None
         evaluation = evaluate(learn)
+        last = round(float(evaluation.right.mean()), 6)
         result = {
             **config,
             "peak_lr": peak,
             "suggestions": test and test.suggestions,
-            "last_accuracy": last["valid_accuracy"],
+            "last_accuracy": last,
             "tta_accuracy": averaged and round(averaged, 6),
             "calibration_error": round(evaluation.calibration_error(), 6),
-            "best_accuracy": best["valid_accuracy"],
+            "best_accuracy": last if best is log.history[-1] else best["valid_accuracy"],
             "best_epoch": best["epoch"],
             "seconds": round(perf_counter() - started, 2),
             "history": log.history,
@@ -311,8 +315,8 @@ def _train(options: SimpleNamespace, settings: Recipe, run: Path | None) -> dict
     shown = "" if options.no_pictures else "README.md with all pictures, "
     held_out = "a tenth of the training set" if options.valid == "holdout" else "here the test set"
     print(f"""
-last epoch   {last["valid_accuracy"]:.2%} accuracy on the validation set, {held_out}
-{mirrored}best epoch   {best["valid_accuracy"]:.2%} in epoch {best["epoch"]}, chosen on the validation set, so a little too good to quote
+last epoch   {last:.2%} accuracy on the validation set, {held_out}
+{mirrored}best epoch   {result["best_accuracy"]:.2%} in epoch {best["epoch"]}, chosen on the validation set, so a little too good to quote
 run folder   {run}: {shown}history.csv, result.json, export.pkl and model.safetensors from the last epoch, models/last.pth, models/best.pth
 
 use it       python predict.py {shlex.quote(str(run))} IMAGE.png

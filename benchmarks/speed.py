@@ -21,6 +21,8 @@ from files import write_json
 
 PARTS = {
     "steps": "Training, batch 512: seconds per epoch of 97 steps on a GPU, 3 on a CPU",
+    "precision": "Precision on the CPU, batch 512: training images/s",
+    "waiting": "Idle threads, on the CPU: ms a bare training step, alone and beside one busy process",
     "loaders": "Loading, on one core, batch 512",
     "profile": "Where our loader's time goes, on one core, batch 512",
     "growth": "Growth: our loader over more and more images, memory beyond the imports",
@@ -79,20 +81,24 @@ def main(
     import growth
     import loaders
     import models
+    import processors
     import start
     import steps
     import torch
 
     from options import get_device
+    from run import code_version, processor
 
     device = get_device(device)
     gpu = device.type == "cuda"
-    name = torch.cuda.get_device_name(device) if gpu else f"{os.cpu_count()} CPU cores, {platform.machine()}"
+    name = f"{processor()}, {os.cpu_count()} cores" if not gpu else torch.cuda.get_device_name(device)
     versions = {package: version(package) for package in ("torch", "fastai", "albumentations", "torchvision", "numpy")}
-    figures = {"device": name, "python": platform.python_version(), "versions": versions}
+    figures = {"device": name, **code_version(), "python": platform.python_version(), "versions": versions}
     print(heading(figures))
     parts = {
         "steps": lambda: steps.steps(device, width, 50_000 if gpu else 1536, rounds, compile),
+        "precision": lambda: processors.precision(rounds),
+        "waiting": processors.waiting,
         "loaders": lambda: loaders.loaders(rounds=rounds),
         "profile": loaders.profile,
         "growth": growth.growth,

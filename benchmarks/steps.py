@@ -17,6 +17,7 @@ from ways import BS, documented, erasing, noise, torchvision_loader
 from data import get_dls
 from model import CustomResNet
 from options import set_deterministic
+from precision import choose_precision
 from recipes import get_recipe
 from run import RunLog
 from train_fastai import get_learner
@@ -25,8 +26,8 @@ RECIPE = get_recipe("fast")
 BARE, BY_HAND, OURS = "bare network, one batch", "hand-written loop, our loader", "our Learner"
 
 
-def by_hand(device: torch.device, width: int, compiled: bool):
-    """A training step as one would write it for speed: channels-last, bf16 on a GPU, no wait for the loss."""
+def by_hand(device: torch.device, width: int, compiled: bool, precision: str):
+    """A training step as one would write it for speed: channels-last, autocast, no wait for the loss."""
     model = CustomResNet(10, width, logit_scale=RECIPE.logit_scale).to(device, memory_format=torch.channels_last)
     if compiled:
         model.compile()
@@ -34,7 +35,7 @@ def by_hand(device: torch.device, width: int, compiled: bool):
     opt = torch.optim.SGD(model.parameters(), 0.01, RECIPE.momentum, weight_decay=RECIPE.wd, nesterov=True)
 
     def step(x, y):
-        with torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext():
+        with torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext():
             loss = loss_func(model(x.as_subclass(torch.Tensor)), y.as_subclass(torch.Tensor))
         loss.backward()
         opt.step()
@@ -75,13 +76,15 @@ def fit(learn: Learner, *cbs) -> tuple[float, float]:
     return clock.seconds, perf_counter() - start
 
 
-def steps(device: torch.device, width: int, images: int, rounds: int, compiled: bool = False) -> list[dict]:
+def steps(
+    device: torch.device, width: int, images: int, rounds: int, compiled: bool = False, precision: str = "auto"
+) -> list[dict]:
     """Seconds per epoch of `images` images: the first, the median and the fastest of `rounds`. The ways take turns.
 
     `whole` adds what our Learner's epoch has beside its steps: validation (a fifth of the images on a GPU, two images
     on a CPU), history, best weights.
     """
-    gpu = device.type == "cuda"
+    gpu, precision = device.type == "cuda", choose_precision(precision, device)
     table, folder = noise(images, images // 5 if gpu else 2), tempfile.TemporaryDirectory()
     one_batch = get_dls(table, workers=0, device=device).train.one_batch()
 
@@ -89,11 +92,12 @@ def steps(device: torch.device, width: int, images: int, rounds: int, compiled: 
         return (one_batch for _ in range(images // BS))
 
     def hand_written(batches, compiled=False):
-        step = by_hand(device, width, compiled)
+        step = by_hand(device, width, compiled, precision)
         return lambda: loop(step, batches, device)
 
     def ours(compiled=False):
-        learn = get_learner(get_dls(table, device=device), get_recipe("fast", width=width), path=folder.name)
+        dls, recipe = get_dls(table, device=device), get_recipe("fast", width=width)
+        learn = get_learner(dls, recipe, precision=precision, path=folder.name)
         if compiled:
             learn.model.compile()
         return lambda: fit(learn, RunLog())

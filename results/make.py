@@ -10,9 +10,8 @@ import hashlib
 import json
 import re
 import sys
-from dataclasses import fields
+from collections import defaultdict
 from functools import partial
-from itertools import groupby
 from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Annotated
@@ -21,60 +20,16 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import scaling
+from figures import HERE, file_name, results, take_in
 from speed import PARTS, heading, section
 
-from errors import InputError, run_command
-from files import write_json
+from errors import run_command
 from pictures import save_comparison, save_peaks, save_schedules
 from recipes import RECIPES
 from report import markdown_table
 
-HERE = Path(__file__).parent
 ROOT = HERE.parent
 DATA = {"cifar10": "CIFAR-10", "cifar10-jpeg": "CIFAR-10 **as JPEG**"}
-
-
-def file_name(*words) -> str:
-    """The words with hyphens between them."""
-    return re.sub(r"[^a-z0-9]+", "-", " ".join(map(str, words)).lower())
-
-
-def take_in(folder: Path) -> None:
-    """Copy the run's result under a name of its own: one for each recipe, data, network, machine and seed."""
-    try:
-        result = json.loads((folder / "result.json").read_text())
-    except OSError as e:
-        raise InputError(f"{folder}: not the folder of a run that has ended, no result.json ({e.strerror})") from e
-    result.pop("arguments", None)  # paths of the machine; what counts of them stands beside them
-    write_json(HERE / "runs" / f"{file_name(how(result), *where(result), 'seed', result['seed'])}.json", result)
-
-
-def where(result: dict) -> tuple:
-    """What two results must have in common to be compared."""
-    return tuple(result[key] for key in ("source", "width", "valid", "device_name"))
-
-
-def how(result: dict) -> str:
-    """The recipe, and in what the run was not as the recipe is today."""
-    recipe = RECIPES[result["recipe"]]
-    words = [result["recipe"], f"{result['epochs']} epochs"]
-    for name in (field.name for field in fields(recipe)):
-        value = result.get(name, getattr(recipe, name))  # settings that came later were off
-        if name not in ("data", "epochs", "width") and str(value) != str(getattr(recipe, name)):
-            words.append(f"{name} {value}".replace("_", " "))
-    if result.get("processes", 1) > 1:
-        words.append(f"{result['processes']} processes")
-    return ", ".join(
-        words + ["layer norm"] * (result["norm"] == "layer") + ["group norm"] * (result["norm"] == "group")
-    )
-
-
-def results() -> dict[tuple, dict[str, list[dict]]]:
-    """All results: where, then how, then in the order of their seeds."""
-    every = [json.loads(path.read_text()) for path in (HERE / "runs").glob("*.json")]
-    order = list(RECIPES)
-    every.sort(key=lambda r: (where(r), order.index(r["recipe"]), r["epochs"], how(r), r["seed"]))
-    return {place: {k: list(runs) for k, runs in groupby(group, how)} for place, group in groupby(every, where)}
 
 
 def over_seeds(values: list[float]) -> str:
@@ -87,25 +42,34 @@ def percent(runs: list[dict], key: str = "last_accuracy") -> list[float]:
 
 
 def accuracy_table() -> str:
-    """A line for each recipe, data, network and machine: the last epoch's accuracy on the test set over the seeds."""
+    """A line for each recipe, data, network and precision: the last epoch's accuracy on the test set over the seeds."""
     rows = []
-    for (source, width, valid, machine), groups in results().items():
+    for (source, width, valid, precision), groups in results().items():
         for name, runs in groups.items():
             if valid == "test":
                 last, tta = percent(runs), percent(runs, "tta_accuracy")
-                seconds = median(row["seconds"] for r in runs for row in r["history"])
                 network = f"width {width}, {runs[0]['parameters'] / 1e6:.2f} M"
                 spread = (over_seeds(last), f"{min(last):.2f}, {max(last):.2f}", over_seeds(tta) if tta else "–")
-                time = f"{seconds:.3g} s, {machine}"
-                rows.append((DATA.get(source, source), name, network, str(len(runs)), *spread, time))
-    names = ("data", "recipe", "network", "seeds", "last epoch, %", "lowest, highest", "with TTA, %", "an epoch")
+                what = (DATA.get(source, source), name, network, precision, str(len(runs)))
+                rows.append((*what, *spread, epoch_time(runs)))
+    names = ("data", "recipe", "network", "trained in", "seeds", "last epoch, %", "lowest, highest", "with TTA, %")
+    names += ("an epoch",)
     return markdown_table(names, rows)
+
+
+def epoch_time(runs: list[dict]) -> str:
+    """The median time of an epoch on the machine where it is the shortest, and that machine."""
+    seconds = defaultdict(list)
+    for run in runs:
+        seconds[run["device_name"]] += [row["seconds"] for row in run["history"]]
+    time, machine = min((median(times), name) for name, times in seconds.items())
+    return f"{time:.3g} s, {machine}"
 
 
 def ablation_tables() -> str:
     """What a change of a setting does on a hold-out: each line against that without the change, seed by seed."""
     tables = []
-    for (source, width, valid, machine), groups in results().items():
+    for (source, width, valid, precision), groups in results().items():
         if valid != "holdout":
             continue
         rows = []
@@ -118,7 +82,7 @@ def ablation_tables() -> str:
             cells = (over_seeds(percent(runs)), over_seeds(more) if more else "", less if more else "")
             rows.append((name, str(len(runs)), *cells, over_seeds(tta) if tta else "–"))
         names = ("settings", "seeds", "last epoch, %", "more", "than", "with TTA, %")
-        title = f"{DATA.get(source, source)}, a tenth of the training set held out, width {width}, {machine}:"
+        title = f"{DATA.get(source, source)}, a tenth of the training set held out, width {width}, {precision}:"
         tables.append(f"{title}\n\n{markdown_table(names, rows)}")
     return "\n\n".join(tables)
 

@@ -1,6 +1,8 @@
 """What the tests share: small image folders, a small trained learner, and the command as a user runs it."""
 
+import csv
 import io
+import json
 import os
 import pickle
 import struct
@@ -14,6 +16,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # two tests run at a time
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
@@ -103,6 +106,48 @@ def command(tmp_path):
         return result
 
     return run
+
+
+@pytest.fixture
+def stop_at(monkeypatch):
+    """A function: the next training stops at that epoch and batch, of training or of validation."""
+
+    from fastai.callback.core import Callback
+
+    import train_fastai
+
+    class StopAt(Callback):
+        def __init__(self, epoch, batch, training):
+            self.at = epoch, batch, training
+
+        def before_batch(self):
+            if (self.epoch, self.iter, self.training) == self.at and hasattr(self.learn, "checkpoint"):
+                self.checkpoint.ask_to_stop(143)
+
+    real = train_fastai.get_learner
+
+    def stop(epoch, batch, training=True):
+        def get_learner(*args, **kwargs):
+            monkeypatch.setattr(train_fastai, "get_learner", real)
+            return real(*args, **kwargs, cbs=StopAt(epoch, batch, training))
+
+        monkeypatch.setattr(train_fastai, "get_learner", get_learner)
+
+    return stop
+
+
+def outcome(run):
+    """All that must not depend on stops: both weights, and the history but for its seconds."""
+    weights = [torch.load(run / f"models/{name}.pth", weights_only=True) for name in ("last", "best")]
+    rows = list(csv.DictReader((run / "history.csv").open()))
+    result = json.loads((run / "result.json").read_text())
+    best = (result["best_epoch"], result["best_accuracy"], result["last_accuracy"])
+    return weights, [{name: row[name] for name in row if name != "seconds"} for row in rows], best
+
+
+def same(a, b):
+    equal = all(torch.equal(x[name], y[name]) for x, y in zip(a[0], b[0], strict=True) for name in x | y)
+    return equal and a[1:] == b[1:]
 
 
 @pytest.fixture(scope="session")

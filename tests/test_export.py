@@ -25,6 +25,7 @@ import export as export_module
 from classifier import HEADER, load_model, load_safetensors
 from errors import InputError
 from export import export, save_onnx, save_safetensors
+from precision import full_precision
 
 LOAD = """
 import sys, warnings
@@ -82,7 +83,8 @@ def safe_file(learner, tmp_path):
 def test_the_safe_file_holds_the_network_and_what_goes_with_it(learner, safe_file):
     classifier, header = load_safetensors(safe_file)
     pixels, _ = learner.dls.valid_ds.items.batch(list(range(100)))
-    expected, _ = learner.get_preds(act=noop)
+    with full_precision(learner):
+        expected, _ = learner.get_preds(act=noop)
     with torch.no_grad():
         assert torch.allclose(classifier(torch.from_numpy(pixels)), expected[:100], atol=1e-5)
     assert header["classes"] == RESULT["classes"]
@@ -210,7 +212,8 @@ import numpy as np
 path, folder = sys.argv[1:]
 images = np.load(folder + "/images.npy")
 {}
-ours = {{"train_fastai", "data", "images", "model", "classifier", "export", "callbacks", "errors", "files"}}
+ours = {{"train_fastai", "data", "images", "model", "classifier", "export", "callbacks", "errors", "files",
+        "precision"}}
 assert not ours & set(sys.modules), ours & set(sys.modules)
 np.save(folder + "/logits.npy", np.asarray(logits))
 """
@@ -219,7 +222,7 @@ np.save(folder + "/logits.npy", np.asarray(logits))
 @pytest.mark.parametrize("name", READERS)
 def test_each_file_gives_the_learners_logits_where_this_project_is_not(learner, trained, tmp_path, name):
     images = learner.dls.train_ds.items.images[:1000]
-    with learner.no_bar():
+    with learner.no_bar(), full_precision(learner):
         expected, _ = learner.get_preds(dl=learner.dls.test_dl(list(images), bs=64), act=noop)
     np.save(tmp_path / "images.npy", images)
     code = IN_A_PROCESS_OF_ITS_OWN.format(READERS[name])

@@ -17,6 +17,7 @@ import predict
 from classifier import HEADER, load_safetensors
 from errors import run_command
 from images import read_image
+from precision import full_precision
 
 FILES = ("model.safetensors", "model.onnx", "model.pt2", "export.pkl")
 
@@ -55,7 +56,7 @@ def test_every_file_and_the_folder_say_what_the_learner_says(learner, trained, r
     code, out, err = run(trained / name, trained / "digits", "--json")
     assert (code, err) == (0, "")
     found = rows(out)
-    with learner.no_bar(), learner.no_logging():
+    with learner.no_bar(), learner.no_logging(), full_precision(learner):
         expected, labels = learner.get_preds()
     table = learner.dls.valid_ds.items
     names = [str(trained / "digits" / table[i].label / f"{i:03}.png") for i in range(len(table))]
@@ -169,7 +170,7 @@ def test_each_image_together_with_its_mirror_image(trained, run, tmp_path):
 
 
 def test_a_labelled_folder_gives_accuracy_and_a_table_of_classes(learner, trained, run):
-    with learner.no_bar(), learner.no_logging():
+    with learner.no_bar(), learner.no_logging(), full_precision(learner):
         probabilities, labels = learner.get_preds()
     right = (probabilities.argmax(1) == labels).numpy()
     code, out, err = run(trained, trained / "digits", "--eval", "--json")

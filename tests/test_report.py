@@ -1,6 +1,7 @@
 """What a run says about itself: the figures of its evaluation, its pictures, its README, and several runs compared."""
 
 import json
+import re
 import sys
 
 import numpy as np
@@ -147,7 +148,7 @@ def test_runs_are_compared(run, tmp_path, capsys):
         folders.append(str(tmp_path / name))
     report.main(folders, picture=str(tmp_path / "comparison.png"))
     out = capsys.readouterr().out
-    fast, seed = out.split("seed, width 4, 2 epochs: ")
+    fast, seed = re.split("seed, width 4, 2 epochs, (?:fp32|bf16): ", out)
     assert f"mean         {50 * (result['last_accuracy'] + 0.5):.2f}" in fast
     assert "25.00" in seed
     assert "mean" not in seed, "of one run"

@@ -8,6 +8,7 @@ from conftest import ROOT
 from PIL import Image
 
 sys.path.insert(0, str(ROOT / "results"))
+import figures
 import make
 
 from errors import InputError
@@ -24,6 +25,7 @@ def place(tmp_path, monkeypatch):
     """A README and a folder of results that hold nothing yet, and a function that makes a run's folder."""
     monkeypatch.setattr(make, "ROOT", tmp_path)
     monkeypatch.setattr(make, "HERE", tmp_path / "results")
+    monkeypatch.setattr(figures, "HERE", tmp_path / "results")
     (tmp_path / "results/runs").mkdir(parents=True)
     for name in ("results/speed/2-cores.json", "results/speed/2-cores-models.json", "results/scaling.json"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -65,16 +67,25 @@ def test_runs_become_lines_and_a_picture(place, tmp_path):
         [cell.strip() for cell in line.split("|")[2:-1]] for line in readme.splitlines() if " epochs | width" in line
     ]
     assert rows == [
-        ["fast, 2 epochs", "width 16, 6.57 M", "1", "30.00", "30.00, 30.00", "91.00", "2.5 s, a GPU"],
-        ["fast, 2 epochs", "width 64, 6.57 M", "2", "91.00 ± 1.41", "90.00, 92.00", "91.00 ± 0.00", "2.5 s, a GPU"],
-        ["seed, 2 epochs", "width 64, 6.57 M", "1", "80.00", "80.00, 80.00", "–", "2.5 s, a GPU"],
+        ["fast, 2 epochs", "width 16, 6.57 M", "fp32", "1", "30.00", "30.00, 30.00", "91.00", "2.5 s, a GPU"],
+        [
+            "fast, 2 epochs",
+            "width 64, 6.57 M",
+            "fp32",
+            "2",
+            "91.00 ± 1.41",
+            "90.00, 92.00",
+            "91.00 ± 0.00",
+            "2.5 s, a GPU",
+        ],
+        ["seed, 2 epochs", "width 64, 6.57 M", "fp32", "1", "80.00", "80.00, 80.00", "–", "2.5 s, a GPU"],
     ]
     assert len(list((tmp_path / "results/runs").iterdir())) == 4
     pictures = make.made_pictures()
-    assert [path.name for path in pictures] == ["schedules.png", "cifar10-64-test-a-gpu.png"]
+    assert [path.name for path in pictures] == ["schedules.png", "cifar10-64-test-fp32.png"]
     assert all(Image.open(path).text["Comment"] == make.digest(drawn) for path, (_, drawn) in pictures.items())
 
-    result = tmp_path / "results/runs/seed-2-epochs-cifar10-64-test-a-gpu-seed-0.json"
+    result = tmp_path / "results/runs/seed-2-epochs-cifar10-64-test-fp32-seed-0.json"
     result.write_text(json.dumps({**json.loads(result.read_text()), "last_accuracy": 0.81}))
     assert make.made_texts()[tmp_path / "README.md"] != readme
     path, (_, drawn) = list(make.made_pictures().items())[1]
@@ -89,7 +100,7 @@ def test_a_changed_setting_is_named_and_compared_on_the_hold_out(place, tmp_path
     assert "| fast, 2 epochs | 2 | 90.00 ± 0.00 |  |  | 91.00 ± 0.00 |" in table
     assert "| fast, 2 epochs, wd 0.0 | 2 | 89.50 ± 2.12 | -0.50 ± 2.12 | fast, 2 epochs | 91.00 ± 0.00 |" in table
     readme = (tmp_path / "README.md").read_text()
-    assert "| fast, 2 epochs, wd 0.0 | width 64, 6.57 M | 1 | 88.00 |" in readme
+    assert "| fast, 2 epochs, wd 0.0 | width 64, 6.57 M | fp32 | 1 | 88.00 |" in readme
     assert "holdout" not in readme
     assert "90.00" not in readme, "the hold-out's figures are not the test set's"
 

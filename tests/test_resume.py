@@ -1,6 +1,5 @@
 """A training that was stopped, killed or damaged goes on as if nothing had happened."""
 
-import csv
 import json
 import multiprocessing
 import os
@@ -14,15 +13,15 @@ import time
 import matplotlib
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, outcome, same
 from fastai.callback.core import Callback
 
 import train_fastai
 from checkpoint import load_checkpoint
 from errors import InputError, Stopped
+from files import locked
 from model import CustomResNet
 from recipes import RECIPES
-from run import locked
 from train_fastai import main
 
 SMALL = {"data": "digits", "bs": 128, "width": 2, "epochs": 3, "lr": "0.05", "device": "cpu", "no_lr_find": True}
@@ -30,46 +29,8 @@ SMALL["no_pictures"] = True
 KILLS = int(os.environ.get("KILLS", "1"))
 
 
-def outcome(run):
-    """All that must not depend on stops: both weights, and the history but for its seconds."""
-    weights = [torch.load(run / f"models/{name}.pth", weights_only=True) for name in ("last", "best")]
-    rows = list(csv.DictReader((run / "history.csv").open()))
-    result = json.loads((run / "result.json").read_text())
-    best = (result["best_epoch"], result["best_accuracy"], result["last_accuracy"])
-    return weights, [{name: row[name] for name in row if name != "seconds"} for row in rows], best
-
-
-def same(a, b):
-    equal = all(torch.equal(x[name], y[name]) for x, y in zip(a[0], b[0], strict=True) for name in x | y)
-    return equal and a[1:] == b[1:]
-
-
 def names(run):
     return {path.name for path in run.iterdir()}
-
-
-@pytest.fixture
-def stop_at(monkeypatch):
-    """A function: the next training stops at that epoch and batch, of training or of validation."""
-
-    class StopAt(Callback):
-        def __init__(self, epoch, batch, training):
-            self.at = epoch, batch, training
-
-        def before_batch(self):
-            if (self.epoch, self.iter, self.training) == self.at and hasattr(self.learn, "checkpoint"):
-                self.checkpoint.ask_to_stop(143)
-
-    real = train_fastai.get_learner
-
-    def stop(epoch, batch, training=True):
-        def get_learner(*args, **kwargs):
-            monkeypatch.setattr(train_fastai, "get_learner", real)
-            return real(*args, **kwargs, cbs=StopAt(epoch, batch, training))
-
-        monkeypatch.setattr(train_fastai, "get_learner", get_learner)
-
-    return stop
 
 
 # ALL=1 tries every recipe, which takes minutes
@@ -368,9 +329,7 @@ def test_the_checkpoint_of_another_network_or_version_is_refused(stopped):
 
 
 def test_two_runs_never_share_a_folder(stopped):
-    holder = (
-        "import sys; from pathlib import Path; from run import locked\nwith locked(Path(sys.argv[1])): print(); input()"
-    )
+    holder = "import sys, pathlib, files\nwith files.locked(pathlib.Path(sys.argv[1])): print(); input()"
     pipe = subprocess.PIPE
     words = [sys.executable, "-W", "ignore", "-c", holder, str(stopped)]
     process = subprocess.Popen(words, stdin=pipe, stdout=pipe, cwd=ROOT)

@@ -1,0 +1,209 @@
+"""Work through many trainings in the background: recipes, changes of them, seeds.
+
+    python benchmarks/campaign.py seed ancestor --seeds 3 --options "--tta --no-lr-find"
+    python benchmarks/campaign.py fast "fast --lr 0.4" --options "--width 16 --epochs 8 --valid holdout" --jobs 2
+
+Each training is a recipe and options of train_fastai.py. All of them are trained with the first seed, then with the
+next, so that whatever is done is a table, and with the lowest priority. Ctrl-C and SIGTERM stop them with a checkpoint,
+the same command goes on with them, and what has ended is not trained again. A result is in results/runs as soon as its
+run ends. Give it a clone of its own, at a commit, so that no work on the code reaches a run under way.
+"""
+
+import csv
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from time import sleep, strftime
+from typing import Annotated
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "results"))
+
+from figures import file_name, take_in
+
+from errors import InputError, Stopped, run_command
+from files import locked
+from recipes import RECIPES
+
+ROOT = Path(__file__).parents[1]
+POLL = 1.0  # seconds between two looks at the runs
+
+
+@dataclass(frozen=True)
+class Training:
+    """One run: the words that train_fastai.py gets, and its folder."""
+
+    words: tuple[str, ...]
+    seed: int
+    folder: Path
+
+    @property
+    def result(self) -> Path:
+        """The file that is there when it has ended."""
+        return self.folder / "result.json"
+
+    def epochs(self) -> int:
+        """How many it has in all."""
+        if "--epochs" in self.words:
+            return int(self.words[self.words.index("--epochs") + 1])
+        return RECIPES[self.words[0]].epochs
+
+    def history(self) -> list[dict[str, str]]:
+        """The rows of its epochs so far."""
+        with suppress(OSError):
+            return list(csv.DictReader((self.folder / "history.csv").read_text().splitlines()))
+        return []
+
+    def start(self, threads: int) -> subprocess.Popen:
+        """Start it, or go on with it, out of the terminal's Ctrl-C and at the lowest priority."""
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        recipe, *options = self.words
+        words = ["--recipe", recipe, *options, "--seed", self.seed, "--out", self.folder, "--resume", "auto"]
+        command = [sys.executable, str(ROOT / "train_fastai.py"), *map(str, words)]
+        env = {"OMP_NUM_THREADS": str(threads), **os.environ}
+        with self.log.open("a") as log:
+            process = subprocess.Popen(
+                command, env=env, stdout=log, stderr=log, stdin=subprocess.DEVNULL,
+                start_new_session=True, preexec_fn=lambda: os.nice(19),
+            )  # fmt: skip
+        with suppress(OSError):  # Linux shares the processor between sessions first, and nice counts within one alone
+            Path(f"/proc/{process.pid}/autogroup").write_text("19")
+        return process
+
+    @property
+    def log(self) -> Path:
+        """What it prints."""
+        return self.folder.with_suffix(".log")
+
+    def __str__(self) -> str:
+        return f"{shlex.join(self.words)}, seed {self.seed}"
+
+
+def trainings(texts: list[str], options: str, seeds: range, out: Path) -> list[Training]:
+    """Seed by seed, each of `texts` with `options` behind it. Raises InputError for a recipe that there is not."""
+    runs = []
+    for seed in seeds:
+        for text in texts:
+            words = [*shlex.split(text), *shlex.split(options)]
+            if not words or words[0] not in RECIPES:
+                raise InputError(f"{text!r}: it must start with a recipe, one of {', '.join(RECIPES)}")
+            runs.append(Training(tuple(words), seed, out / file_name(*words, "seed", seed)))
+    if len({run.folder for run in runs}) < len(runs):
+        raise InputError("two of the trainings are the same; name each once")
+    return runs
+
+
+def duration(seconds: float) -> str:
+    """In minutes, or hours and minutes."""
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes} min"
+
+
+class Progress:
+    """Prints a line for every epoch: which run, how far, and how long this run and all of them still take."""
+
+    def __init__(self, runs: list[Training], jobs: int):
+        self.runs, self.jobs = runs, jobs
+        self.seen = {run: len(run.history()) for run in runs}
+
+    def look(self, run: Training) -> None:
+        """Print what is new of `run`."""
+        rows = run.history()
+        if len(rows) <= self.seen[run]:
+            return
+        self.seen[run] = len(rows)
+        pace = median(float(row["seconds"]) for row in rows)
+        left = {r: 0 if r.result.exists() else r.epochs() - self.seen[r] for r in self.runs}
+        whole = pace * max(left[run], sum(left.values()) / self.jobs)
+        accuracy = 100 * float(rows[-1]["valid_accuracy"])
+        tell(f"{run}: epoch {len(rows)}/{run.epochs()}, {accuracy:.2f} %; left: {duration(pace * left[run])}, "
+             f"with all others {duration(whole)}")  # fmt: skip
+
+
+def tell(line: str) -> None:
+    """Print it with the time of day."""
+    print(f"{strftime('%H:%M:%S')}  {line}", flush=True)
+
+
+@contextmanager
+def ended(active: dict[Training, subprocess.Popen]) -> Iterator[None]:
+    """Whatever ends this, no run goes on behind it: each writes a checkpoint first."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit) as e:
+        for process in active.values():
+            process.terminate()
+        for process in active.values():
+            process.wait()
+        code = 130 if isinstance(e, KeyboardInterrupt) else 143
+        raise Stopped("stopped, with a checkpoint of each run; the same command goes on", code) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def work(runs: list[Training], jobs: int, threads: int, results: Path) -> int:
+    """Train all `runs` that have not ended, `jobs` at a time; returns how many failed."""
+    progress, failed = Progress(runs, jobs), 0
+    active: dict[Training, subprocess.Popen] = {}
+    waiting = [run for run in runs if not run.result.exists()]
+    tell(f"{len(runs)} runs, {len(runs) - len(waiting)} of them have ended; {jobs} at a time, threads: {threads}")
+    with ended(active):
+        while waiting or active:
+            while waiting and len(active) < jobs:
+                run = waiting.pop(0)
+                active[run] = run.start(threads)
+                tell(f"{run}: {'goes on' if run.history() else 'starts'}")
+            sleep(POLL)
+            for run, process in list(active.items()):
+                progress.look(run)
+                if process.poll() is None:
+                    continue
+                del active[run]
+                if run.result.exists():
+                    result = json.loads(run.result.read_text())
+                    kept = take_in(run.folder, results)
+                    tell(f"{run}: {result['last_accuracy']:.2%} after {result['epochs']} epochs, in {kept}")
+                else:
+                    failed += 1
+                    last = (run.log.read_text().splitlines() or ["nothing was printed"])[-1]
+                    tell(f"{run}: failed with exit code {process.returncode}: {last}")
+    return failed
+
+
+def main(
+    runs: Annotated[str, {"nargs": "+"}],  # A recipe each, in quotes with options of train_fastai.py behind it
+    options: str = "",  # Further options, of all runs
+    seeds: int = 1,  # How many seeds of each
+    first_seed: int = 0,  # The first of them
+    jobs: int = 1,  # Runs at a time; each has its part of the cores
+    out: str = "runs/campaign",  # Folder of the run folders
+    results: str = None,  # Folder for the results [results/runs]
+):
+    """Work through many trainings in the background: recipes, changes of them, seeds."""
+    for option, value in (("--seeds", seeds), ("--jobs", jobs)):
+        if value < 1:
+            raise InputError(f"{option} is {value}: it must be at least 1")
+    kept = Path(results) if results else ROOT / "results" / "runs"
+    if not kept.is_dir():
+        raise InputError(f"--results {results}: there is no such folder; make it first")
+    folder = Path(out)
+    todo = trainings(runs, options, range(first_seed, first_seed + seeds), folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder):
+        failed = work(todo, jobs, max(1, (os.cpu_count() or 1) // jobs), kept)
+    tell(f"{len(todo) - failed} of {len(todo)} runs have ended; python results/make.py makes tables of their results")
+    if failed:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    run_command(main)

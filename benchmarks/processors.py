@@ -1,0 +1,141 @@
+"""What a training step takes in fp32 and in bf16, and what threads that wait for others do to it, on the CPU."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+
+import torch
+from steps import BARE, BY_HAND, OURS, steps
+from torch.utils.flop_counter import FlopCounterMode
+
+from model import CustomResNet
+from precision import has_bf16
+
+ROOT = Path(__file__).parents[1]
+BS = 512
+IMAGES = {16: 20 * BS, 64: 3 * BS}  # an epoch of some ten seconds
+# libgomp spins 300,000 times by itself, and not at all when passive
+POLICIES = {
+    "OpenMP's own": {},
+    "ours, GOMP_SPINCOUNT=10000": {"GOMP_SPINCOUNT": "10000"},
+    "OMP_WAIT_POLICY=PASSIVE": {"OMP_WAIT_POLICY": "PASSIVE"},
+}
+STEPS = """
+import json, sys
+sys.path[:0] = sys.argv[1:3]
+from processors import step_times
+print(json.dumps(step_times(int(sys.argv[3]), sys.argv[4], int(sys.argv[5]), float(sys.argv[6]))))
+"""
+
+
+def bare_step(width: int, precision: str, bs: int):
+    """A training step as one would write it by hand, on one batch of noise."""
+    torch.manual_seed(0)
+    model = CustomResNet(10, width, logit_scale=0.125).to(memory_format=torch.channels_last)
+    opt = torch.optim.SGD(model.parameters(), 0.01, 0.9, weight_decay=5e-4, nesterov=True)
+    x = torch.randn(bs, 3, 32, 32).to(memory_format=torch.channels_last)
+    y = torch.randint(0, 10, (bs,))
+
+    def step():
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            loss = torch.nn.functional.cross_entropy(model(x), y)
+        loss.backward()
+        opt.step()
+        opt.zero_grad()
+
+    return step
+
+
+def step_times(width: int, precision: str, bs: int, seconds: float) -> list[float]:
+    """Seconds of each bare step, for about so many seconds; the first, which is slower, is left out."""
+    step, times, start = bare_step(width, precision, bs), [], perf_counter()
+    while perf_counter() - start < seconds or len(times) < 3:
+        begin = perf_counter()
+        step()
+        times.append(perf_counter() - begin)
+    return times[1:]
+
+
+def matrix_rate(dtype: torch.dtype, n: int = 4096) -> float:
+    """GFLOP/s of a product of two n x n matrices, the best of three."""
+    a, times = torch.randn(n, n, dtype=dtype), []
+    for _ in range(4):
+        start = perf_counter()
+        a @ a
+        times.append(perf_counter() - start)
+    return 2 * n**3 / min(times[1:]) / 1e9
+
+
+def flops_an_image(width: int) -> float:
+    """Floating-point operations of a training step, for each image."""
+    step = bare_step(width, "fp32", 8)
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops() / 8
+
+
+def precision(rounds: int = 4) -> list[dict]:
+    """Images/s of the fastest of `rounds` epochs, and what part of the machine's matrix rate the bare step reaches."""
+    cpu, rows = torch.device("cpu"), []
+    rates = {"fp32": matrix_rate(torch.float32)}
+    if has_bf16(cpu):
+        rates["bf16"] = matrix_rate(torch.bfloat16)
+    for width, images in IMAGES.items():
+        for name in rates:
+            times = {row["way"]: row["fastest"] for row in steps(cpu, width, images, rounds, precision=name)}
+            speed = {way: images // BS * BS / seconds for way, seconds in times.items()}
+            reached = speed[BARE] * flops_an_image(width) / 1e9
+            rows.append({
+                "width": width, "precision": name, **{way: speed[way] for way in (BARE, BY_HAND, OURS)},
+                "our time / by hand": times[OURS] / times[BY_HAND],
+                "GFLOP/s": reached, "of matrix products": reached / rates[name],
+            })  # fmt: skip
+    return rows
+
+
+@contextmanager
+def busy(processes: int) -> Iterator[None]:
+    """Within this so many other processes want a core each."""
+    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(processes)]
+    try:
+        yield
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
+
+
+def timed_apart(policy: dict[str, str], width: int, precision: str, bs: int, seconds: float) -> list[float]:
+    """`step_times` in a process of its own, under that policy and no other."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    words = [sys.executable, "-W", "ignore", "-c", STEPS, ROOT, ROOT / "benchmarks", width, precision, bs, seconds]
+    process = subprocess.run([*map(str, words)], env=environment | policy, check=True, stdout=subprocess.PIPE)
+    return json.loads(process.stdout)
+
+
+def waiting() -> list[dict]:
+    """Milliseconds of a bare step (the median) under each policy, alone and with one busy process beside it."""
+    cases = [(16, "fp32", 64, 2), (16, "fp32", BS, 4), (64, "fp32", BS, 8)]
+    if has_bf16(torch.device("cpu")):
+        cases = [case for width, _, *rest in cases for case in ((width, "fp32", *rest), (width, "bf16", *rest))]
+    rows = []
+    for others in (0, 1):
+        for width, name, bs, seconds in cases:
+            row = {
+                "width": width,
+                "precision": name,
+                "batch": bs,
+                "beside it": "a busy process" if others else "nothing",
+            }
+            for policy, variables in POLICIES.items():
+                with busy(others):
+                    row[policy] = 1e3 * median(timed_apart(variables, width, name, bs, seconds * (1 + others)))
+            rows.append(row)
+            print(row, flush=True)
+    return rows

@@ -1,0 +1,105 @@
+"""The floating-point precision in which a learner computes, on any device: fp32, or a faster one mixed with it."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from fastai.callback import fp16
+from fastai.learner import Learner
+from fastcore.foundation import L
+from torch.amp import GradScaler, autocast
+
+from classifier import without_tf32
+from errors import InputError
+
+PRECISIONS = ("fp32", "bf16", "fp16")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+# Processors that multiply bf16 numbers, by the names in `torch.cpu.get_capabilities`; the last is ARM's
+BF16 = ("amx_bf16", "avx512_bf16", "bf16")
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether the device computes in bf16; torch would emulate it on others, which is slower than fp32."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)  # Ampere; Volta and Turing emulate it
+    if device.type != "cpu":
+        return False
+    if hasattr(torch.cpu, "get_capabilities"):
+        return any(torch.cpu.get_capabilities().get(name) for name in BF16)
+    return torch.cpu._is_avx512_bf16_supported()  # older torch; what has AMX has this too
+
+
+def obstacle(precision: str, device: torch.device) -> str | None:
+    """Why `device` should not compute in `precision`, None where it should."""
+    if precision == "fp16" and device.type != "cuda":
+        return f"fp16 on {device.type} is far slower than fp32"
+    if precision == "bf16" and not has_bf16(device):
+        return f"this {device.type} has no bf16, and to emulate it is slower than fp32"
+    return None
+
+
+def choose_precision(precision: str, device: torch.device) -> str:
+    """The precision itself, checked; for "auto" the fastest that the device has. Raises InputError."""
+    if precision == "auto":
+        return "bf16" if has_bf16(device) else "fp16" if device.type == "cuda" else "fp32"
+    if precision not in PRECISIONS:
+        raise InputError(f"precision is {precision!r}: it must be auto, {', '.join(PRECISIONS)}")
+    if why := obstacle(precision, device):
+        raise InputError(f"--precision {precision}: {why}; pass auto, or fp32")
+    return precision
+
+
+class MixedPrecision(fp16.MixedPrecision):
+    """fastai's `MixedPrecision`, which is for CUDA alone, for every device; and for fp32, then on a GPU without TF32.
+
+    A second one, of `learn.to_fp16()` for example, leaves with a warning and hands its precision over if the device has
+    it. A pickled learner computes in fp32.
+    """
+
+    order = fp16.MixedPrecision.order - 1  # meets fastai's before that begins
+
+    def __init__(self, precision: str):
+        self.precision, self.kwargs, self.contexts = precision, {}, ExitStack()
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "precision": "fp32", "contexts": ExitStack()}
+
+    def before_fit(self):
+        device = self.dls.device
+        for other in [cb for cb in self.learn.cbs if isinstance(cb, fp16.MixedPrecision) and cb is not self]:
+            asked = getattr(other, "precision", None) or other.amp_mode.value
+            self.kwargs |= other.kwargs
+            other.run = False  # also of this event, which is on its way to it
+            self.learn.remove_cb(other)
+            self.learn.mixed_precision = self
+            if asked != self.precision:
+                why = obstacle(asked, device)
+                warnings.warn(f"{why}: still in {self.precision}" if why else f"now in {asked}, not {self.precision}",
+                              stacklevel=2)  # fmt: skip
+                self.precision = self.precision if why else asked
+        self.contexts.close()  # of a fit that was interrupted in a batch
+        settings = {**self.kwargs, "enabled": self.precision == "fp16"}  # the others have the range of fp32
+        self.learn.scaler, self.scales = GradScaler(device.type, **settings), L()
+
+    def before_batch(self):
+        mixed, device = self.precision in DTYPES, self.dls.device.type
+        self.contexts.enter_context(autocast(device, DTYPES[self.precision]) if mixed else without_tf32())
+
+    def after_loss(self):
+        if self.precision in DTYPES:
+            self.contexts.close()  # the backward pass takes the types of the forward pass by itself
+
+    def after_batch(self):
+        self.contexts.close()
+
+    def after_fit(self):
+        self.learn.scaler, self.scales = None, None
+
+
+@contextmanager
+def full_precision(learn: Learner) -> Iterator[None]:
+    """Within this, `learn` computes as its files do: in fp32."""
+    mixed = learn.cbs.filter(lambda cb: isinstance(cb, fp16.MixedPrecision))
+    with learn.removed_cbs(mixed), learn.added_cbs(MixedPrecision("fp32")):
+        yield

@@ -1,0 +1,59 @@
+"""The results of runs as they are kept in this folder: what they are called, and which belong together."""
+
+import json
+import re
+import sys
+from dataclasses import fields
+from itertools import groupby
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from errors import InputError
+from files import write_json
+from recipes import RECIPES
+
+HERE = Path(__file__).parent
+
+
+def file_name(*words) -> str:
+    """The words with hyphens between them."""
+    return re.sub(r"[^a-z0-9]+", "-", " ".join(map(str, words)).lower()).strip("-")
+
+
+def take_in(folder: Path, results: Path | None = None) -> Path:
+    """Copy the run's result to `results` under a name of its own: what it trained, on what data, and its seed."""
+    try:
+        result = json.loads((folder / "result.json").read_text())
+    except OSError as e:
+        raise InputError(f"{folder}: not the folder of a run that has ended, no result.json ({e.strerror})") from e
+    result.pop("arguments", None)  # paths of the machine; what counts of them stands beside them
+    path = (results or HERE / "runs") / f"{file_name(how(result), *where(result), 'seed', result['seed'])}.json"
+    write_json(path, result)
+    return path
+
+
+def where(result: dict) -> tuple:
+    """What two results must have in common to be compared."""
+    return *(result[key] for key in ("source", "width", "valid")), result.get("precision", "fp32")  # older ones are
+
+
+def how(result: dict) -> str:
+    """The recipe, and in what the run was not as the recipe is today."""
+    recipe = RECIPES[result["recipe"]]
+    words = [result["recipe"], f"{result['epochs']} epochs"]
+    for name in (field.name for field in fields(recipe)):
+        value = result.get(name, getattr(recipe, name))  # settings that came later were off
+        if name not in ("data", "epochs", "width") and str(value) != str(getattr(recipe, name)):
+            words.append(f"{name} {value}".replace("_", " "))
+    if result.get("processes", 1) > 1:
+        words.append(f"{result['processes']} processes")
+    return ", ".join(words + [f"{result['norm']} norm"] * (result["norm"] != "batch"))
+
+
+def results() -> dict[tuple, dict[str, list[dict]]]:
+    """All results: where, then how, then in the order of their seeds."""
+    every = [json.loads(path.read_text()) for path in (HERE / "runs").glob("*.json")]
+    order = list(RECIPES)
+    every.sort(key=lambda r: (where(r), order.index(r["recipe"]), r["epochs"], how(r), r["seed"]))
+    return {place: {k: list(runs) for k, runs in groupby(group, how)} for place, group in groupby(every, where)}
