@@ -6,6 +6,25 @@
 RUN is the folder of a run, or a model.safetensors. It takes requirements-app.txt.
 """
 
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from errors import InputError, parse, run_command
+
+
+@dataclass(frozen=True)
+class Options:
+    """Show a page on which a trained model says what it takes pictures for."""
+
+    model: str = "model.safetensors"  # Folder of a run, or a model.safetensors
+    space: str = None  # Write a folder for a Space of the Hugging Face Hub, and stop
+    host: str = None  # Address to listen at; 0.0.0.0 lets others in [GRADIO_SERVER_NAME, or 127.0.0.1]
+    port: int = None  # Port to listen at [the first free one from 7860 on]
+
+
+if __name__ == "__main__":
+    OPTIONS = parse(Options, pos=["model"])
+
 import json
 import os
 import shutil
@@ -14,42 +33,39 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING
 
-from errors import InputError, run_command
+import numpy as np
+import torch
+from matplotlib import colormaps
+from PIL import Image
+
+from images.decoding import read_image
+from trained.classifier import Classifier, grad_cam
+from trained.loading import model_file
+from trained.safe_file import load_safetensors
 
 if TYPE_CHECKING:
     import gradio
-    import numpy as np
-
-    from classifier import Classifier
 
 MAX_UPLOAD = "10mb"
 TOP = 5
 SIDE = 320  # pixels of the picture with the map on it
 CSS = "#picture img {width: 100%; height: 100%; object-fit: contain}"  # small pictures large
-MODULES = ("app.py", "classifier.py", "errors.py", "images.py", "model.py")
+FILES = (
+    "app.py", "errors.py", "files.py", "model.py", "images/decoding.py",
+    *(f"trained/{name}.py" for name in ("classifier", "device", "header", "loading", "predictor", "safe_file")),
+)  # fmt: skip
 
 
-def heat_map(pixels: "np.ndarray", heat: "np.ndarray") -> "np.ndarray":
+def heat_map(pixels: np.ndarray, heat: np.ndarray) -> np.ndarray:
     """uint8 (32, 32, 3) in grey under the (32, 32) map of `grad_cam` → uint8 (SIDE, SIDE, 3)."""
-    import numpy as np
-    from matplotlib import colormaps
-    from PIL import Image
-
     grey = np.asarray(Image.fromarray(pixels).convert("L").resize((SIDE, SIDE), Image.Resampling.NEAREST))
     heat = np.asarray(Image.fromarray(heat).resize((SIDE, SIDE), Image.Resampling.BILINEAR))
     return (0.45 * grey[..., None] + 0.55 * 255 * colormaps["inferno"](heat)[..., :3]).astype(np.uint8)
 
 
-def look(classifier: "Classifier", classes: list[str], path: str) -> tuple[dict[str, float], "np.ndarray", str]:
+def look(classifier: Classifier, classes: list[str], path: str) -> tuple[dict[str, float], np.ndarray, str]:
     """The probability of each class, the picture under its map, and how long it took. Raises InputError."""
-    import numpy as np
-    import torch
-
-    from classifier import grad_cam
-    from images import read_image
-
     times = [perf_counter()]
     pixels = np.stack([read_image(Path(path), lambda name: None)])
     times.append(perf_counter())
@@ -79,9 +95,6 @@ def about(header: dict) -> str:
 def page(model: Path) -> "gradio.Blocks":
     """The page for a safe file; the examples on it are those in the folder `examples` beside the file."""
     import gradio as gr
-    import numpy as np
-
-    from classifier import grad_cam, load_safetensors
 
     classifier, header = load_safetensors(model)
     # The first pass takes a tenth of a second more than any other.
@@ -121,8 +134,6 @@ def page(model: Path) -> "gradio.Blocks":
 
 def write_space(model: Path, folder: Path) -> None:
     """Write to `folder`, new or empty, what a Space needs to show the page. Raises InputError."""
-    from classifier import load_safetensors
-
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"--space {folder}: it is there already; name a new or an empty folder")
     _, header = load_safetensors(model)
@@ -138,8 +149,9 @@ def write_space(model: Path, folder: Path) -> None:
     here, beside = Path(__file__).parent, folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
         beside.mkdir(parents=True)
-        for name in MODULES:
-            shutil.copy(here / name, beside)
+        for name in FILES:
+            (beside / name).parent.mkdir(exist_ok=True)
+            shutil.copy(here / name, beside / name)
         shutil.copy(here / "requirements-app.txt", beside / "requirements.txt")
         shutil.copy(model, beside / "model.safetensors")
         if (examples := model.parent / "examples").is_dir():
@@ -152,37 +164,32 @@ def write_space(model: Path, folder: Path) -> None:
         shutil.rmtree(beside, ignore_errors=True)
 
 
-def main(
-    model: str = "model.safetensors",  # Folder of a run, or a model.safetensors
-    space: str = None,  # Write a folder for a Space of the Hugging Face Hub, and stop
-    host: str = None,  # Address to listen at; 0.0.0.0 lets others in [GRADIO_SERVER_NAME, or 127.0.0.1]
-    port: int = None,  # Port to listen at [the first free one from 7860 on]
-):
-    """Show a page on which a trained model says what it takes pictures for."""
+def main(options: Options) -> None:
+    """The command."""
     if find_spec("gradio") is None:
         raise InputError("gradio is not installed; pip install -r requirements-app.txt")
-    from classifier import model_file
-
-    file = model_file(model)
+    file = model_file(options.model)
     if file.suffix != ".safetensors":
         raise InputError(f"{file}: the page takes a run folder, or its model.safetensors, and runs no other kind")
-    if space:
-        write_space(file, Path(space).expanduser().resolve())
-        print(f"see          {space}\npublish      hf upload USER/NAME {space} --repo-type space")
+    if options.space:
+        write_space(file, Path(options.space).expanduser().resolve())
+        print(f"see          {options.space}\npublish      hf upload USER/NAME {options.space} --repo-type space")
         return
     blocks = page(file)
     import gradio as gr
 
     try:
-        family = socket.AF_INET6 if ":" in (host or "") else socket.AF_INET
-        socket.create_server((host or "127.0.0.1", port or 0), family=family).close()  # gradio would try for ever
+        family = socket.AF_INET6 if ":" in (options.host or "") else socket.AF_INET
+        socket.create_server(
+            (options.host or "127.0.0.1", options.port or 0), family=family
+        ).close()  # gradio would try for ever
         _, url, _ = blocks.launch(
-            server_name=host, server_port=port, max_file_size=MAX_UPLOAD, ssr_mode=False,
+            server_name=options.host, server_port=options.port, max_file_size=MAX_UPLOAD, ssr_mode=False,
             theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),  # not from Google
             css=CSS, footer_links=["api", "gradio"], show_error=True, quiet=True, prevent_thread_lock=True,
         )  # fmt: skip
     except (OSError, OverflowError) as e:
-        given = {"--host": host, "--port": port}
+        given = {"--host": options.host, "--port": options.port}
         where = " ".join(f"{option} {value}" for option, value in given.items() if value is not None)
         raise InputError(f"{where or 'no free port'}: cannot listen there ({e}); pass others") from e
     print(f"see          {url}")
@@ -190,4 +197,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run_command(main, pos=["model"])
+    run_command(main, OPTIONS)

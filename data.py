@@ -22,8 +22,9 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from aug import KeyedAugment, train_transforms
 from errors import InputError
-from images import SIZE, ImageTable, to_rgb
-from sources import load_images
+from images.decoding import SIZE, to_rgb
+from images.sources import load_images
+from images.table import ImageTable
 
 VALID = ("test", "holdout")
 HOLDOUT = 0.1  # of each class of the training set

@@ -3,10 +3,15 @@
 import difflib
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from time import sleep
+from typing import Any, NoReturn
 
 from fastcore.script import anno_parser
+
+warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated")  # fastai's import, nothing to do here
 
 
 def printable(text: str) -> str:
@@ -40,24 +45,46 @@ def let_idle_threads_sleep() -> None:
         os.environ["GOMP_SPINCOUNT"] = "10000"  # GNU's, which torch comes with: to sleep at once slows small steps
 
 
-def run_command(func: Callable, pos: Sequence[str] = ()) -> None:
-    """Call `func` with the command line that its signature describes, as fastcore's `call_parse` does, but strictly.
+def fail(message: object, code: int = 2) -> NoReturn:
+    """End the command with one line on stderr."""
+    if (rank := os.environ.get("RANK", "0")) != "0":
+        sleep(10)  # what stops rank 0, too, is for rank 0 to say: the launcher then ends the others before this
+        message = f"rank {rank}: {message}"
+    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+def run_command(func: Callable, *args, **kwargs) -> Any:
+    """What `func` returns; bad input becomes one line and exit code 2, Ctrl-C one line and 130."""
+    sys.stdout.reconfigure(line_buffering=True)  # whoever follows a log file sees each line as it comes
+    try:
+        return func(*args, **kwargs)
+    except InputError as e:
+        fail(e)
+    except Stopped as e:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{Path(sys.argv[0]).name}: {e}", file=sys.stderr)
+        sys.exit(e.code)
+    except BrokenPipeError:  # whoever reads the output has had enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python tries once more at its end
+        sys.exit(1)
+    except KeyboardInterrupt:
+        if sys.stdout.isatty():
+            print()  # the bar's line ends here
+        fail("stopped by Ctrl-C", 130)
+
+
+def parse(func: Callable, pos: Sequence[str] = ()) -> Any:
+    """What `func`, a dataclass of options or a command's function, makes of the command line that its signature
+    describes, as with fastcore's `call_parse`, but strictly.
 
     An option must be spelled out (no abbreviations), and a wrong one is one line that names the right ones, where
     argparse would print its whole usage first. `pos` names arguments that stay positional though they have a default.
-    Exits with 2 for bad input, 130 for Ctrl-C.
     """
     let_idle_threads_sleep()
     parser = anno_parser(func, pos=pos)
     parser.allow_abbrev = False
     options = [o for a in parser._actions for o in a.option_strings if a.help != "==SUPPRESS==" and len(o) > 2]
-
-    def fail(message: str, code: int = 2):
-        if (rank := os.environ.get("RANK", "0")) != "0":
-            sleep(10)  # what stops rank 0, too, is for rank 0 to say: the launcher then ends the others before this
-            message = f"rank {rank}: {message}"
-        print(f"{parser.prog}: error: {message}", file=sys.stderr)
-        sys.exit(code)
 
     def usage_error(message: str):
         if message.startswith("unrecognized arguments: "):
@@ -68,21 +95,6 @@ def run_command(func: Callable, pos: Sequence[str] = ()) -> None:
         fail(message)
 
     parser.error = usage_error
-    sys.stdout.reconfigure(line_buffering=True)  # whoever follows a log file sees each line as it comes
     args = vars(parser.parse_args())
     del args["pdb"], args["xtra"]  # call_parse's own hidden options
-    try:
-        func(**args)
-    except InputError as e:
-        fail(e)
-    except Stopped as e:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"{parser.prog}: {e}", file=sys.stderr)
-        sys.exit(e.code)
-    except BrokenPipeError:  # whoever reads the output has had enough, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python tries once more at its end
-        sys.exit(1)
-    except KeyboardInterrupt:
-        if sys.stdout.isatty():
-            print()  # the bar's line ends here
-        fail("stopped by Ctrl-C", 130)
+    return run_command(func, **args)

@@ -1,4 +1,4 @@
-"""The trained model's files: what a run leaves behind, and what can be made of that.
+"""Make another file of a trained model, or publish it.
 
     python export.py RUN --to onnx              RUN/model.onnx, for onnxruntime and whatever else reads ONNX
     python export.py RUN --to pt2               RUN/model.pt2, for `torch.export.load`
@@ -7,105 +7,41 @@
 RUN is the folder of a run that has ended. Both files take pixels as they come out of a decoder, uint8 (N, 32, 32, 3).
 """
 
-import json
+from dataclasses import dataclass
+from typing import Annotated
+
+from errors import InputError, parse, run_command
+
+
+@dataclass(frozen=True)
+class Options:
+    """Make another file of a trained model, or publish it."""
+
+    run: str  # Folder of a run that has ended
+    to: Annotated[str, {"choices": ["onnx", "pt2"]}] = None  # Write RUN/model.onnx or RUN/model.pt2
+    push: str = None  # Send the folder to USER/NAME on the Hugging Face Hub, for all to see
+    private: bool = False  # With --push: for yourself alone, if there is no such repository yet
+
+    def __post_init__(self):
+        if not self.to and not self.push:
+            raise InputError("nothing to do; pass --to onnx or --to pt2, or --push USER/NAME")
+        if self.private and not self.push:
+            raise InputError("--private goes with --push; drop it, or pass both")
+
+
+if __name__ == "__main__":
+    OPTIONS = parse(Options)
+
 import sys
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
 
-from errors import InputError, run_command
-from files import complete
+from trained.loading import model_file
+from trained.onnx_file import save_onnx
+from trained.pt2_file import save_pt2
+from trained.safe_file import load_safetensors
 
-if TYPE_CHECKING:
-    from fastai.learner import Learner
-
-    from classifier import Classifier
-
-
-def carry_our_code() -> None:
-    """Let every later `learn.export()` of this process put our classes into the file, instead of their module's name.
-
-    They are stored as bytecode, so that the file wants the minor version of Python that wrote it.
-    """
-    import cloudpickle
-
-    import callbacks
-    import classifier
-    import data
-    import images
-    import model
-    import precision
-
-    for module in (callbacks, classifier, data, images, model, precision):
-        cloudpickle.register_pickle_by_value(module)
-
-
-def export(learn: "Learner", path: Path) -> None:
-    """`learn.export` to `path`, complete or not at all. The file holds no images, no optimiser and no augmentation."""
-
-    carry_our_code()
-    home = learn.path
-    try:
-        learn.path = Path(".")  # the folder's name on this machine is nobody's business
-        with complete(path.absolute()) as beside:
-            learn.export(beside)
-    finally:
-        learn.path = home
-
-
-def save_safetensors(learn: "Learner", path: Path, result: dict) -> None:
-    """Write the weights and a JSON header to `path`, complete or not at all.
-
-    result: what `result.json` holds. From it come the network's arguments, the classes, the data and the accuracies.
-    """
-    from safetensors.torch import save
-
-    from classifier import FORMAT, HEADER
-
-    mean, std = learn.dls.train_ds.items.train_stats()
-    header = {
-        "format": FORMAT,
-        "architecture": {"num_classes": len(result["classes"])}
-        | {name: result[name] for name in ("width", "norm", "logit_scale")},
-        "normalization": {"mean": mean, "std": std},  # of RGB in the range 0..1
-        **{name: result[name] for name in ("classes", "source", "fingerprint", "recipe", "epochs", "seed", "valid")},
-        **{name: result[name] for name in ("flip", "last_accuracy", "tta_accuracy", "versions")},
-    }
-    tensors = {name: t.detach().cpu().contiguous() for name, t in learn.model.state_dict().items()}
-    with complete(path) as beside:
-        beside.write_bytes(save(tensors, {"format": "pt", HEADER: json.dumps(header)}))
-
-
-def save_onnx(classifier: "Classifier", header: dict, path: Path) -> None:
-    """Write the classifier as ONNX to `path`, complete or not at all: `images`, uint8 (n, 32, 32, 3) → `logits`.
-
-    header: travels in its metadata, as JSON.
-    """
-    import torch
-
-    from classifier import HEADER
-
-    if missing := [name for name in ("onnx", "onnxscript") if find_spec(name) is None]:
-        raise InputError(f"--to onnx: {missing[0]} is not installed; pip install -r requirements-onnx.txt")
-    program = torch.onnx.export(
-        classifier, (_example(),), dynamo=True, dynamic_shapes=({0: torch.export.Dim("n")},), verbose=False,
-        input_names=["images"], output_names=["logits"],
-    )  # fmt: skip
-    program.model.metadata_props[HEADER] = json.dumps(header)
-    with complete(path) as beside:
-        program.save(beside, external_data=False)
-
-
-def save_pt2(classifier: "Classifier", header: dict, path: Path) -> None:
-    """Write the classifier as torch's exported program to `path`, complete or not at all; arguments as above."""
-    import torch
-
-    from classifier import HEADER
-
-    program = torch.export.export(classifier, (_example(),), dynamic_shapes=({0: torch.export.Dim("n")},))
-    with complete(path) as beside:
-        torch.export.save(program, beside, extra_files={HEADER: json.dumps(header)})
+WRITERS: dict[str, Callable] = {"onnx": save_onnx, "pt2": save_pt2}
 
 
 def send(run: Path, repo: str, private: bool = False) -> str:
@@ -138,36 +74,16 @@ def send(run: Path, repo: str, private: bool = False) -> str:
     return f"{api.endpoint}/{repo}"
 
 
-def _example():
-    import torch
-
-    return torch.zeros(2, 32, 32, 3, dtype=torch.uint8)  # of one, torch would take the one for a constant
-
-
-WRITERS: dict[str, Callable] = {"onnx": save_onnx, "pt2": save_pt2}
-
-
-def main(
-    run: str,  # Folder of a run that has ended
-    to: Annotated[str, {"choices": list(WRITERS)}] = None,  # Write RUN/model.onnx or RUN/model.pt2
-    push: str = None,  # Send the folder to USER/NAME on the Hugging Face Hub, for all to see
-    private: bool = False,  # With --push: for yourself alone, if there is no such repository yet
-):
-    """Make another file of a trained model, or publish it."""
-    if not to and not push:
-        raise InputError(f"nothing to do; pass --to {' or --to '.join(WRITERS)}, or --push USER/NAME")
-    if private and not push:
-        raise InputError("--private goes with --push; drop it, or pass both")
-    from classifier import load_safetensors, model_file
-
-    file = model_file(run)
-    if to:
-        path = file.with_suffix(f".{to}")
-        WRITERS[to](*load_safetensors(file), path)
+def main(options: Options) -> None:
+    """The command."""
+    file = model_file(options.run)
+    if options.to:
+        path = file.with_suffix(f".{options.to}")
+        WRITERS[options.to](*load_safetensors(file), path)
         print(f"see          {path}, {path.stat().st_size / 1e6:.1f} MB")
-    if push:
-        print(f"see          {send(Path(run), push, private)}")
+    if options.push:
+        print(f"see          {send(Path(options.run), options.push, options.private)}")
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, OPTIONS)

@@ -8,6 +8,36 @@ MODEL is the folder of a run, or a model's .safetensors, .onnx, .pt2 or .pkl; wh
 put in it. Exits with 1 where some images could not be used, after all others.
 """
 
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from errors import InputError, parse, printable, run_command
+
+
+@dataclass(frozen=True)
+class Options:
+    """Print what a trained model takes images for."""
+
+    model: str  # Folder of a run, or a model's .safetensors, .onnx, .pt2 or .pkl (which runs what is in it)
+    images: Annotated[str, {"nargs": "+"}]  # Image files, folders of them, quoted patterns, or - for a list on stdin
+    json: bool = False  # Print a JSON object for each image
+    csv: bool = False  # Print a CSV row for each image
+    eval: bool = False  # Print the accuracy on images in folders named as the classes, and that of each class
+    tta: bool = False  # Judge each image together with its mirror image
+    device: str = "auto"  # For .safetensors and .pkl: auto, cpu, cuda, cuda:1 or mps
+
+    def __post_init__(self):
+        if self.json and self.csv:
+            raise InputError("--json contradicts --csv; drop one of them")
+        for word in self.images:
+            if self.eval and all((Path(word) / split).is_dir() for split in ("train", "test")):
+                raise InputError(f"{word}: --eval on training images flatters; pass {Path(word) / 'test'}")
+
+
+if __name__ == "__main__":
+    OPTIONS = parse(Options)
+
 import csv
 import json
 import shutil
@@ -15,15 +45,12 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from glob import glob, has_magic
 from itertools import islice
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
 
-from errors import InputError, printable, run_command
+import numpy as np
 
-if TYPE_CHECKING:
-    import numpy as np
-
-    from classifier import Model
+from images.decoding import read_image
+from trained.loading import load_model
+from trained.predictor import Model
 
 BATCH = 256  # images; more are no faster on two cores, and take memory
 TOP = 3
@@ -61,14 +88,8 @@ def find_images(words: Iterable[str], failures: Failures) -> list[Path]:
     return paths
 
 
-def predictions(
-    model: "Model", paths: list[Path], tta: bool, failures: Failures
-) -> Iterator[tuple[Path, "np.ndarray"]]:
+def predictions(model: Model, paths: list[Path], tta: bool, failures: Failures) -> Iterator[tuple[Path, np.ndarray]]:
     """Each image that can be read, and the probability of each class, (classes,)."""
-    import numpy as np
-
-    from images import read_image
-
     rest = iter(paths)
     while batch := list(islice(rest, BATCH)):
         read, pixels = [], []
@@ -89,7 +110,7 @@ def warn_of_frames(name: str) -> None:
     print(f"predict.py: {printable(name)}: animated; its first frame is taken", file=sys.stderr)
 
 
-def best(classes: list[str], probabilities: "np.ndarray", n: int | None = None) -> list[tuple[str, float]]:
+def best(classes: list[str], probabilities: np.ndarray, n: int | None = None) -> list[tuple[str, float]]:
     """The `n` most probable classes, the most probable first; all by default."""
     order = (-probabilities).argsort(kind="stable")[:n]
     return [(classes[i], float(probabilities[i])) for i in order]
@@ -140,8 +161,6 @@ def labels_of(paths: list[Path], classes: list[str]) -> list[int]:
 
 def evaluation(rows: Iterator, paths: list[Path], classes: list[str]) -> dict:
     """Number of images and accuracy, 0 to 1, of all and of each class, and what it is most often taken for, if any."""
-    import numpy as np
-
     labels, counts = dict(zip(paths, labels_of(paths, classes), strict=True)), np.zeros((len(classes),) * 2, int)
     for path, probabilities in rows:
         counts[labels[path], probabilities.argmax()] += 1
@@ -188,37 +207,22 @@ WRITERS: dict[str, tuple[Callable, Callable]] = {
 }
 
 
-def main(
-    model: str,  # Folder of a run, or a model's .safetensors, .onnx, .pt2 or .pkl (which runs what is in it)
-    images: Annotated[str, {"nargs": "+"}],  # Image files, folders of them, quoted patterns, or - for a list on stdin
-    json: bool = False,  # Print a JSON object for each image
-    csv: bool = False,  # Print a CSV row for each image
-    eval: bool = False,  # Print the accuracy on images in folders named as the classes, and that of each class
-    tta: bool = False,  # Judge each image together with its mirror image
-    device: str = "auto",  # For .safetensors and .pkl: auto, cpu, cuda, cuda:1 or mps
-):
-    """Print what a trained model takes images for."""
-    if json and csv:
-        raise InputError("--json contradicts --csv; drop one of them")
-    for word in images:
-        if eval and all((Path(word) / split).is_dir() for split in ("train", "test")):
-            raise InputError(f"{word}: --eval on training images flatters; pass {Path(word) / 'test'}")
-    from classifier import load_model
-
-    loaded, failures = load_model(model, device), Failures()
-    if tta and loaded.header.get("flip") == 0:
-        raise InputError(f"--tta: {model} has never learned from mirror images; leave it out")
-    paths = find_images(images, failures)
-    rows = predictions(loaded, paths, tta, failures)
-    print_rows, print_result = WRITERS["json" if json else "csv" if csv else "table"]
-    if eval:
-        print_result(evaluation(rows, paths, loaded.classes))
+def main(options: Options) -> None:
+    """The command; exits with 1 where an image could not be used."""
+    model, failures = load_model(options.model, options.device), Failures()
+    if options.tta and model.header.get("flip") == 0:
+        raise InputError(f"--tta: {options.model} has never learned from mirror images; leave it out")
+    paths = find_images(options.images, failures)
+    rows = predictions(model, paths, options.tta, failures)
+    print_rows, print_result = WRITERS["json" if options.json else "csv" if options.csv else "table"]
+    if options.eval:
+        print_result(evaluation(rows, paths, model.classes))
     else:
-        print_rows(rows, loaded.classes, paths)
+        print_rows(rows, model.classes, paths)
     if failures.count:
         print(f"predict.py: {failures.count} could not be used", file=sys.stderr)
         sys.exit(1)
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, OPTIONS)

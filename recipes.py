@@ -1,60 +1,69 @@
 """Training settings as data: a `Recipe` is a dozen numbers and a schedule, and those with a name are in `RECIPES`.
 
-A schedule is a value too: each class below says which fastai callbacks move the learning rate through a training.
+A schedule is a value too, which knows how to fit a learner.
 """
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from math import isfinite
+from math import cos, isfinite, pi
 from typing import TYPE_CHECKING
 
 from errors import InputError
 
 if TYPE_CHECKING:
     from fastai.callback.core import Callback
+    from fastai.learner import Learner
 
-# fastai takes seconds to import. The methods below do so themselves, so that --help answers at once.
+# --help imports this file, and fastai takes seconds to import: two methods below do so themselves.
 
 
-def moving(lr: Callable[[float], float]) -> "list[Callback]":
-    """fastai's `ParamScheduler` for a learning rate that is a function of the position in training, 0 to 1."""
-    from fastai.callback.schedule import ParamScheduler
+class Curve:
+    """A learning rate that is a function of the position in training."""
 
-    return [ParamScheduler({"lr": lr})]
+    def lr(self, peak: float, position: float) -> float:
+        """The learning rate at a position in training, 0 to 1."""
+        raise NotImplementedError
+
+    def fit(self, learn: "Learner", epochs: int, peak: float, cbs: "Sequence[Callback]" = (), start: int = 0) -> None:
+        """Train `learn`, from epoch `start` on."""
+        from fastai.callback.schedule import ParamScheduler
+
+        learn.fit(epochs, peak, cbs=[ParamScheduler({"lr": partial(self.lr, peak)}), *cbs], start_epoch=start)
 
 
 @dataclass(frozen=True)
-class OneCycle:
+class OneCycle(Curve):
     """fastai's `fit_one_cycle`: by a cosine from peak / 25 to the peak at `pct_start`, and down to peak / 100,000."""
 
     pct_start: float
 
-    def callbacks(self, peak: float) -> "list[Callback]":
-        from fastai.callback.schedule import combined_cos
+    def fit(self, learn: "Learner", epochs: int, peak: float, cbs: "Sequence[Callback]" = (), start: int = 0) -> None:
+        """Train `learn`, from epoch `start` on."""
+        learn.fit_one_cycle(epochs, peak, pct_start=self.pct_start, cbs=cbs, start_epoch=start)
 
-        return moving(combined_cos(self.pct_start, peak / 25, peak, peak / 1e5))
+    def lr(self, peak: float, position: float) -> float:
+        rising = position < self.pct_start
+        within = position / self.pct_start if rising else (position - self.pct_start) / (1 - self.pct_start)
+        start, end = (peak / 25, peak) if rising else (peak, peak / 1e5)
+        return start + (end - start) * (1 - cos(pi * within)) / 2
 
 
 @dataclass(frozen=True)
-class Linear:
+class Linear(Curve):
     """Straight lines through `knots`: (position in training, part of the peak), positions from 0 to 1."""
 
     knots: tuple[tuple[float, float], ...]
 
     def lr(self, peak: float, position: float) -> float:
-        """The learning rate at a position in training."""
         for (x, y), (next_x, next_y) in zip(self.knots, self.knots[1:], strict=False):
             if position < next_x:
                 return peak * (y + (next_y - y) * (position - x) / (next_x - x))
         return peak * self.knots[-1][1]
 
-    def callbacks(self, peak: float) -> "list[Callback]":
-        return moving(partial(self.lr, peak))
-
 
 @dataclass(frozen=True)
-class Cyclic:
+class Cyclic(Curve):
     """Up from `base` (a part of the peak) and back on straight lines, `cycles` times.
 
     From cycle to cycle the amplitude stays ("triangular"), halves ("triangular2"), or shrinks all the time, to `final`
@@ -68,13 +77,9 @@ class Cyclic:
     final: float = 1.0
 
     def lr(self, peak: float, position: float) -> float:
-        """The learning rate at a position in training."""
         cycle, within = divmod(position * self.cycles, 1)
         shrunk = {"triangular": 1, "triangular2": 0.5**cycle, "exp_range": self.final**position}[self.mode]
         return peak * (self.base + (1 - self.base) * shrunk * (1 - abs(2 * within - 1)))
-
-    def callbacks(self, peak: float) -> "list[Callback]":
-        return moving(partial(self.lr, peak))
 
 
 @dataclass(frozen=True)
@@ -84,10 +89,12 @@ class Plateau:
     factor: float
     patience: int
 
-    def callbacks(self, peak: float) -> "list[Callback]":
-        from callbacks import ReduceLR
+    def fit(self, learn: "Learner", epochs: int, peak: float, cbs: "Sequence[Callback]" = (), start: int = 0) -> None:
+        """Train `learn`, from epoch `start` on."""
+        from training.callbacks import ReduceLR
 
-        return [ReduceLR("valid_loss", patience=self.patience, factor=self.factor)]
+        reduce = ReduceLR("valid_loss", patience=self.patience, factor=self.factor)
+        learn.fit(epochs, peak, cbs=[reduce, *cbs], start_epoch=start)
 
 
 Schedule = OneCycle | Linear | Cyclic | Plateau

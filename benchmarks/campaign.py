@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "results"))
 
 from figures import file_name, take_in
 
-from errors import InputError, Stopped, run_command
+from errors import InputError, Stopped, parse
 from files import locked
 from recipes import RECIPES
 
@@ -206,4 +206,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run_command(main)
+    parse(main)

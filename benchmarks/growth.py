@@ -11,7 +11,7 @@ from time import perf_counter
 import numpy as np
 from ways import noise
 
-from images import ImageTable
+from images.table import ImageTable
 
 SIZES = (10_000, 50_000, 200_000, 1_000_000)
 MB = 2**20

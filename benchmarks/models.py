@@ -21,7 +21,7 @@ from time import perf_counter
 start = perf_counter()
 import numpy as np
 import torch
-from classifier import load_model
+from trained.loading import load_model
 imported = perf_counter()
 model = load_model(sys.argv[1], "cpu")
 loaded = perf_counter()
@@ -41,11 +41,12 @@ for batch in map(int, sys.argv[3:]):
 
 def write_models(folder: Path, width: int) -> None:
     """A network of that width for ten classes as model.safetensors, .onnx, .pt2 and export.pkl."""
-    from classifier import load_safetensors
     from data import get_dls
-    from export import WRITERS, export, save_safetensors
+    from export import WRITERS
     from recipes import get_recipe
     from train_fastai import get_learner
+    from trained.learner_file import export
+    from trained.safe_file import load_safetensors, save_safetensors
 
     dls = get_dls("digits", bs=64, device="cpu")
     learn = get_learner(dls, get_recipe("demo", width=width))
@@ -83,7 +84,7 @@ def models(width: int = 64, rounds: int = 3) -> list[dict]:
 
 def predict(width: int = 16, n: int = 10_000, rounds: int = 3) -> list[dict]:
     """Seconds, medians of `rounds`: the narrower the network, the more of the time is ours."""
-    from classifier import load_model
+    from trained.loading import load_model
 
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:

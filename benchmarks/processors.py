@@ -15,7 +15,7 @@ from steps import BARE, BY_HAND, OURS, steps
 from torch.utils.flop_counter import FlopCounterMode
 
 from model import CustomResNet
-from precision import has_bf16
+from training.precision import has_bf16
 
 ROOT = Path(__file__).parents[1]
 BS = 512

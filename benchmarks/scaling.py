@@ -18,9 +18,9 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from errors import run_command
+from errors import parse
 from files import write_json
-from report import markdown_table
+from reporting.tables import markdown_table
 
 PARAMETERS = 6_573_130
 GRADIENTS = 4 * PARAMETERS / 1e6  # MB, fp32
@@ -110,4 +110,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run_command(main)
+    parse(main)

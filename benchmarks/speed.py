@@ -9,14 +9,13 @@ Run it on a machine that does nothing else. Only the ratios within one table mea
 import os
 import platform
 import sys
-import warnings
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from errors import InputError, run_command
+from errors import InputError, parse
 from files import write_json
 
 PARTS = {
@@ -77,7 +76,6 @@ def main(
             raise InputError(f"{option} is {value}: it must be at least 1")
     if save and not Path(save).absolute().parent.is_dir():
         raise InputError(f"--save {save}: there is no folder of that name to write to; make it first")
-    warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated")  # fastai's import
     import growth
     import loaders
     import models
@@ -86,8 +84,8 @@ def main(
     import steps
     import torch
 
-    from options import get_device
-    from run import code_version, processor
+    from trained.device import get_device
+    from training.description import code_version, processor
 
     device = get_device(device)
     gpu = device.type == "cuda"
@@ -117,4 +115,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run_command(main)
+    parse(main)

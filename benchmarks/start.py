@@ -24,7 +24,10 @@ import fastai.vision.core, fastai.callback.all, fastai.learner
 stage("import fastai")
 import albumentations
 stage("import albumentations")
-import train_fastai, data, pictures, lr_finder, export, run
+import train_fastai, data
+from pathlib import Path
+from reporting import pictures
+from training import lr_finder
 stage("import this project and matplotlib")
 dls = data.get_dls(sys.argv[1], device="cpu")
 stage("map the images, make the loaders")
@@ -33,7 +36,7 @@ stage("make the network")
 with lr_finder.undisturbed(learn), learn.no_bar():
     learn.summary()
 stage("summary")
-pictures.save_augmentations(dls, run.Path(sys.argv[2]) / "augmentations.png")
+pictures.save_augmentations(dls, Path(sys.argv[2]) / "augmentations.png")
 stage("picture of the augmentation")
 next(iter(dls.train))
 stage("first batch")

@@ -16,11 +16,11 @@ from ways import BS, documented, erasing, noise, torchvision_loader
 
 from data import get_dls
 from model import CustomResNet
-from options import set_deterministic
-from precision import choose_precision
 from recipes import get_recipe
-from run import RunLog
 from train_fastai import get_learner
+from trained.device import set_deterministic
+from training.history import RunLog
+from training.precision import choose_precision
 
 RECIPE = get_recipe("fast")
 BARE, BY_HAND, OURS = "bare network, one batch", "hand-written loop, our loader", "our Learner"

@@ -13,8 +13,8 @@ from fasttransform import Transform
 from PIL import Image
 from torchvision import transforms as T
 
-from images import ImageTable, Item
-from sources import CIFAR10_STATS
+from images.cifar10 import CIFAR10_STATS
+from images.table import ImageTable, Item
 
 BS = 512
 

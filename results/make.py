@@ -23,10 +23,10 @@ import scaling
 from figures import HERE, file_name, results, take_in
 from speed import PARTS, heading, section
 
-from errors import run_command
-from pictures import save_comparison, save_peaks, save_schedules
+from errors import parse
 from recipes import RECIPES
-from report import markdown_table
+from reporting.pictures import save_comparison, save_peaks, save_schedules
+from reporting.tables import markdown_table
 
 ROOT = HERE.parent
 DATA = {"cifar10": "CIFAR-10", "cifar10-jpeg": "CIFAR-10 **as JPEG**"}
@@ -154,4 +154,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run_command(main)
+    parse(main)

@@ -17,7 +17,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # two tests run at a time
 import numpy as np
 import pytest
 import torch
+from fastai.callback.core import Callback
+from fastcore.foundation import L
 from PIL import Image
+
+import train_fastai
+from options import Options
 
 ROOT = Path(__file__).parents[1]
 CIFAR_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
@@ -108,32 +113,21 @@ def command(tmp_path):
     return run
 
 
-@pytest.fixture
-def stop_at(monkeypatch):
-    """A function: the next training stops at that epoch and batch, of training or of validation."""
+def main(cbs=(), **options):
+    """What the command does with these options; returns what the run's `result.json` holds."""
+    options = Options(**options)
+    return (train_fastai.main if options.runs > 1 else train_fastai.train)(options, L(cbs))
 
-    from fastai.callback.core import Callback
 
-    import train_fastai
+class StopAt(Callback):
+    """Asks the training to stop in that epoch and batch, of training or of validation."""
 
-    class StopAt(Callback):
-        def __init__(self, epoch, batch, training):
-            self.at = epoch, batch, training
+    def __init__(self, epoch, batch, training=True):
+        self.at = epoch, batch, training
 
-        def before_batch(self):
-            if (self.epoch, self.iter, self.training) == self.at and hasattr(self.learn, "checkpoint"):
-                self.checkpoint.ask_to_stop(143)
-
-    real = train_fastai.get_learner
-
-    def stop(epoch, batch, training=True):
-        def get_learner(*args, **kwargs):
-            monkeypatch.setattr(train_fastai, "get_learner", real)
-            return real(*args, **kwargs, cbs=StopAt(epoch, batch, training))
-
-        monkeypatch.setattr(train_fastai, "get_learner", get_learner)
-
-    return stop
+    def before_batch(self):
+        if (self.epoch, self.iter, self.training) == self.at:
+            self.checkpoint.ask_to_stop(143)
 
 
 def outcome(run):
@@ -173,8 +167,9 @@ RESULT = {
 @pytest.fixture(scope="session")
 def trained(learner, tmp_path_factory):
     """A folder with `learner` as model.safetensors, .onnx, .pt2 and export.pkl, and digits/<class>/ test images."""
-    from classifier import load_safetensors
-    from export import WRITERS, export, save_safetensors
+    from export import WRITERS
+    from trained.learner_file import export
+    from trained.safe_file import load_safetensors, save_safetensors
 
     folder = tmp_path_factory.mktemp("trained")
     export(learner, folder / "export.pkl")

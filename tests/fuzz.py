@@ -28,19 +28,20 @@ from safetensors.torch import save
 from errors import InputError
 from model import CustomResNet
 
-with atheris.instrument_imports(include=["archives", "sources", "images", "checkpoint", "classifier", "options",
-                                         "tarfile", "zipfile", "json", "pickle"]):  # fmt: skip
-    import checkpoint
-    import classifier
-    import images
-    import options
-    import sources
-    import train_fastai
+with atheris.instrument_imports(include=["images", "training", "trained", "options", "tarfile", "zipfile", "json",
+                                         "pickle"]):  # fmt: skip
+    from dataclasses import asdict
+
+    from images import cifar10, decoding, sources
+    from options import Options, read_config
+    from trained.header import HEADER
+    from trained.safe_file import load_safetensors
+    from training import checkpoint
 
 WHERE = Path(tempfile.mkdtemp(dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
 sources.decoded = lambda path, read: read(path)  # keep nothing
 NETWORK = CustomResNet(2, 1)
-GIVEN = {**options.defaults(train_fastai.main), "resume": str(WHERE)}
+GIVEN = asdict(Options())
 
 
 def png() -> bytes:
@@ -81,7 +82,7 @@ def safe() -> bytes:
     header = {"format": 1, "architecture": {"num_classes": 2, "width": 1, "norm": "batch", "logit_scale": 1.0},
               "normalization": {"mean": [0.5] * 3, "std": [0.5] * 3}, "classes": ["a", "b"],
               "source": "digits", "valid": "test", "last_accuracy": 0.5}  # fmt: skip
-    return save(NETWORK.state_dict(), {classifier.HEADER: json.dumps(header)})
+    return save(NETWORK.state_dict(), {HEADER: json.dumps(header)})
 
 
 def read_archive(data: bytes, suffix: str) -> None:
@@ -93,11 +94,11 @@ def read_archive(data: bytes, suffix: str) -> None:
 def read_batches(data: bytes, name: str) -> None:
     files = {f"data_batch_{i}": batch() for i in range(1, 6)} | {"test_batch": batch()}
     files["batches.meta"] = python2_pickle({b"label_names": [c.encode() for c in CIFAR_CLASSES]})
-    sources._read_batches("there", files | {name: data})
+    cifar10.read_batches("there", files | {name: data})
 
 
 def read_image(data: bytes) -> None:
-    images.decode(data, "a.png", [].append)
+    decoding.decode(data, "a.png", [].append)
 
 
 def read_checkpoint(data: bytes) -> None:
@@ -107,12 +108,12 @@ def read_checkpoint(data: bytes) -> None:
 
 def read_safetensors(data: bytes) -> None:
     (WHERE / "model.safetensors").write_bytes(data)
-    classifier.load_safetensors(WHERE / "model.safetensors")
+    load_safetensors(WHERE / "model.safetensors")
 
 
 def read_config(data: bytes) -> None:
     (WHERE / "config.json").write_bytes(data)
-    options.resumed(train_fastai.main, GIVEN)
+    read_config(WHERE)
 
 
 # The first byte of an input says which.
@@ -124,7 +125,7 @@ READERS = [
     (read_image, png),
     (read_checkpoint, lambda: saved(dict.fromkeys(checkpoint.KEYS, 1) | {"model": NETWORK.state_dict()})),
     (read_safetensors, safe),
-    (read_config, lambda: json.dumps({"arguments": GIVEN, "epochs": 3, "wd": 0.1}).encode()),
+    (read_config, lambda: json.dumps({"options": GIVEN, "epochs": 3, "wd": 0.1}).encode()),
 ]
 
 

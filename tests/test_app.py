@@ -56,7 +56,7 @@ def url(space):
 
 
 def test_a_space_has_what_it_needs(space):
-    names = {"app.py", "classifier.py", "errors.py", "images.py", "model.py"}
+    names = {"app.py", "errors.py", "files.py", "model.py", "images", "trained"}
     others = {"README.md", "requirements.txt", "model.safetensors", "examples"}
     assert {path.name for path in space.iterdir() if path.name != "__pycache__"} == names | others
     head = (space / "README.md").read_text().split("---")[1]
@@ -66,7 +66,7 @@ def test_a_space_has_what_it_needs(space):
     wanted = (space / "requirements.txt").read_text()
     assert "torch" in wanted
     assert "fastai" not in wanted
-    code = "import sys; sys.argv = ['app.py', '--help']; import app, classifier; print(*sys.modules)"
+    code = "import sys; sys.argv = ['app.py', '--help']; import app; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], cwd=space, capture_output=True, text=True, check=True)
     assert not {"fastai", "albumentations", "sklearn"} & set(loaded.stdout.split())
 
@@ -192,7 +192,7 @@ def test_what_cannot_be_done_is_one_line(trained, words, line, tmp_path):
 def test_without_gradio_it_says_what_to_install(trained, monkeypatch):
     monkeypatch.setattr(app_module, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"^gradio is not installed; pip install -r requirements-app\.txt$"):
-        app_module.main(str(trained))
+        app_module.main(app_module.Options(str(trained)))
 
 
 def test_the_map_is_bright_where_the_network_looked():

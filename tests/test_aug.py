@@ -17,7 +17,7 @@ from scipy.stats import chi2_contingency, chisquare, kstest
 
 from aug import BitRandom, Cutout, KeyedAugment, train_transforms
 from data import get_dls
-from images import ImageTable
+from images.table import ImageTable
 
 N = 64
 

@@ -16,9 +16,10 @@ import pytest
 from conftest import CIFAR_CLASSES, python2_pickle, tar, zipped
 from PIL import Image
 
-from errors import run_command
-from sources import load_images
-from train_fastai import main
+import train_fastai
+from errors import parse, run_command
+from images.sources import load_images
+from options import Options
 
 CASES = []
 
@@ -48,7 +49,7 @@ def refusal(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["train_fastai.py", *map(str, arguments)])
         before = contents(tmp_path)
         with pytest.raises(SystemExit) as stop:
-            run_command(main)
+            run_command(train_fastai.main, parse(Options))
         errors = capsys.readouterr().err
         assert stop.value.code == 2
         assert errors.count("\n") == 1, errors
@@ -547,14 +548,12 @@ def test_bad_options(refusal, arguments, expected):
     assert expected in refusal(*arguments.split())
 
 
-@pytest.mark.parametrize(
-    "content", [b"", b"words", b"[]", b"{}", b'"arguments"', b'{"arguments": [1]}', b"\xff\xfe", b"["]
-)
+@pytest.mark.parametrize("content", [b"", b"words", b"[]", b"{}", b'"options"', b'{"options": [1]}', b"\xff\xfe", b"["])
 def test_a_run_folder_of_something_else(tmp_path, refusal, content):
     (tmp_path / "config.json").write_bytes(content)
     assert "config.json: not that of a run of this version of the project" in refusal("--resume", tmp_path)
 
 
 def test_a_run_folder_of_another_version(tmp_path, refusal):
-    (tmp_path / "config.json").write_text(json.dumps({"arguments": {"epochs": 3}, "epochs": 3}))
-    assert "config.json: not that of a run of this version of the project" in refusal("--resume", tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"options": {"epochs": 3, "warp": 9}, "epochs": 3}))
+    assert "config.json: of a later version of the project, with warp" in refusal("--resume", tmp_path)

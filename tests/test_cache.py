@@ -12,16 +12,16 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
-import images
 from errors import InputError
-from sources import load_images
+from images import decoding
+from images.sources import load_images
 
 
 @pytest.fixture
 def decodings(monkeypatch):
     """The sizes of the images that were decoded."""
-    sizes, to_rgb = [], images.to_rgb
-    monkeypatch.setattr(images, "to_rgb", lambda image: sizes.append(image.size) or to_rgb(image))
+    sizes, to_rgb = [], decoding.to_rgb
+    monkeypatch.setattr(decoding, "to_rgb", lambda image: sizes.append(image.size) or to_rgb(image))
     return sizes
 
 
@@ -133,7 +133,7 @@ def test_what_a_killed_process_left_goes_after_a_day(image_folder, cache):
 SLOW = """
 import sys, time
 import numpy as np
-from sources import load_images
+from images.sources import load_images
 save = np.save
 np.save = lambda *args: (save(*args), time.sleep(60))
 load_images(sys.argv[1])

@@ -13,8 +13,9 @@ from PIL import Image
 
 from data import get_dls, rgb_image
 from errors import InputError
-from images import ImageTable
-from sources import CIFAR10_STATS, load_images
+from images.cifar10 import CIFAR10_STATS
+from images.sources import load_images
+from images.table import ImageTable
 
 # Sources
 
@@ -246,7 +247,7 @@ def test_a_download_that_is_damaged_is_one_line(monkeypatch, fastai_home):
     def corrupt(url):
         raise Exception("Downloaded file is corrupt or not latest version")
 
-    monkeypatch.setattr("fastai.data.external.untar_data", corrupt)
+    monkeypatch.setattr("images.cifar10.untar_data", corrupt)
     monkeypatch.setattr(urllib.request, "urlopen", lambda *_, **__: io.BytesIO())
     with pytest.raises(InputError, match=r"the download of CIFAR-10 failed .*corrupt.*; pass --data PATH"):
         load_images("cifar10")

@@ -9,11 +9,10 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, main
 
 from data import get_dls
 from errors import InputError, Stopped
-from train_fastai import main
 
 # Layer norm looks at one image at a time, so that two half batches are one batch. No flat areas and small steps: where
 # a maximum is in two places, or nearly, rounding decides which of them learns, for one process with two threads, too.
@@ -25,7 +24,9 @@ import hashlib, os, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
 from fastai.callback.core import Callback
 import train_fastai
-from errors import run_command
+from errors import parse, run_command
+from options import Options
+OPTIONS = parse(Options)
 
 class Probe(Callback):
     order = 100
@@ -41,9 +42,9 @@ class Probe(Callback):
         digest = hashlib.sha256(b"".join(state)).hexdigest()
         os.write(2, f"weights {{digest}} in {{self.learn.path}}\\n".encode())
 
-real = train_fastai.get_learner
-train_fastai.get_learner = lambda *args, **kwargs: real(*args, **kwargs, cbs=Probe())
-run_command(train_fastai.main)
+
+
+run_command(train_fastai.train, OPTIONS, [Probe()])
 """
 
 
@@ -167,7 +168,7 @@ def test_a_process_that_dies_takes_the_others_down_and_the_run_goes_on(launch, n
 
 def test_without_accelerate_it_says_what_to_install(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr("distributed.find_spec", lambda name: None)
+    monkeypatch.setattr("training.distributed.find_spec", lambda name: None)
     with pytest.raises(InputError, match="pip install accelerate"):
         main(**SMALL, data="digits")
 

@@ -21,11 +21,14 @@ from fastai.basics import noop
 from PIL import Image
 from safetensors.torch import load_file, save, save_file
 
-import export as export_module
-from classifier import HEADER, load_model, load_safetensors
 from errors import InputError
-from export import export, save_onnx, save_safetensors
-from precision import full_precision
+from trained import onnx_file
+from trained.header import HEADER
+from trained.learner_file import export
+from trained.loading import load_model
+from trained.onnx_file import save_onnx
+from trained.safe_file import load_safetensors, save_safetensors
+from training.precision import full_precision
 
 LOAD = """
 import sys, warnings
@@ -46,7 +49,7 @@ for path, name in list(zip(paths, names))[:3]:
     for item in (path, str(path), image, image.convert("RGBA"), np.array(image), path.read_bytes()):
         label, index, probabilities = learn.predict(item)
         assert label == name and abs(float(probabilities.sum()) - 1) < 1e-5, (path, type(item), label, name)
-ours = {"train_fastai", "data", "images", "model", "aug", "export", "callbacks", "errors", "albumentations"}
+ours = {"train_fastai", "data", "images", "model", "aug", "export", "training", "trained", "errors", "albumentations"}
 assert not ours & set(sys.modules), ours & set(sys.modules)
 """
 
@@ -212,8 +215,7 @@ import numpy as np
 path, folder = sys.argv[1:]
 images = np.load(folder + "/images.npy")
 {}
-ours = {{"train_fastai", "data", "images", "model", "classifier", "export", "callbacks", "errors", "files",
-        "precision"}}
+ours = {{"train_fastai", "data", "images", "model", "trained", "export", "training", "errors", "files"}}
 assert not ours & set(sys.modules), ours & set(sys.modules)
 np.save(folder + "/logits.npy", np.asarray(logits))
 """
@@ -324,7 +326,7 @@ def test_what_cannot_be_exported_is_one_line(run, tmp_path, arguments, line):
 
 
 def test_onnx_without_its_packages_says_what_to_install(run, monkeypatch):
-    monkeypatch.setattr(export_module, "find_spec", lambda name: None)
+    monkeypatch.setattr(onnx_file, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"onnx is not installed; pip install -r requirements-onnx\.txt"):
         save_onnx(*load_safetensors(run / "model.safetensors"), run / "model.onnx")
 

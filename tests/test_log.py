@@ -6,12 +6,11 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, main
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import options
 from errors import InputError, Stopped
-from train_fastai import main
 
 SMALL = {"recipe": "demo", "bs": 128, "width": 2, "epochs": 2, "device": "cpu", "no_lr_find": True, "no_pictures": True}
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from data import get_dls
-from images import ImageTable
-from lr_finder import METHODS, RangeTest, edge, range_test, undisturbed
+from images.table import ImageTable
 from train_fastai import get_learner
+from training.lr_finder import METHODS, RangeTest, edge, range_test, undisturbed
 
 
 def small_learner(n=40, bs=8, recipe="demo", **kwargs):

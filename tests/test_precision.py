@@ -9,21 +9,21 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, outcome, same
+from conftest import ROOT, StopAt, main, outcome, same
 from fastai.callback import fp16
 from fastai.callback.core import Callback
 from fastai.learner import load_learner
 from fastcore.basics import noop
 
-import precision
-import run
-from classifier import load_safetensors, without_tf32
 from data import get_dls
 from errors import InputError, Stopped
-from evaluation import evaluate
-from precision import MixedPrecision, choose_precision, full_precision
 from recipes import get_recipe
-from train_fastai import get_learner, main
+from reporting.evaluation import evaluate
+from train_fastai import get_learner
+from trained.classifier import without_tf32
+from trained.safe_file import load_safetensors
+from training import description, precision
+from training.precision import MixedPrecision, choose_precision, full_precision
 
 SMALL = {"recipe": "demo", "bs": 128, "width": 4, "epochs": 2, "device": "cpu", "no_pictures": True}
 CPU = torch.device("cpu")
@@ -109,12 +109,11 @@ def test_one_seed_one_result_in_bf16_for_any_workers_with_and_without_the_range_
     assert same(outcome(tmp_path / "a"), outcome(tmp_path / "b"))
 
 
-def test_stopped_and_resumed_in_bf16_is_as_never_stopped(bf16, tmp_path, capsys, stop_at):
+def test_stopped_and_resumed_in_bf16_is_as_never_stopped(bf16, tmp_path, capsys):
     options = SMALL | {"no_lr_find": True}
     main(**options, out=str(tmp_path / "whole"))
-    stop_at(1, 3)
     with pytest.raises(Stopped):
-        main(**options, out=str(tmp_path / "stopped"))
+        main(cbs=StopAt(1, 3), **options, out=str(tmp_path / "stopped"))
     with pytest.raises(InputError, match=r"--precision fp32: .* was started with bf16; leave it out"):
         main(resume=str(tmp_path / "stopped"), precision="fp32")
     main(resume=str(tmp_path / "stopped"))
@@ -122,11 +121,10 @@ def test_stopped_and_resumed_in_bf16_is_as_never_stopped(bf16, tmp_path, capsys,
     assert json.loads((tmp_path / "stopped/result.json").read_text())["precision"] == "bf16"
 
 
-def test_a_bf16_run_does_not_go_on_where_it_would_be_emulated(tmp_path, capsys, stop_at, monkeypatch):
+def test_a_bf16_run_does_not_go_on_where_it_would_be_emulated(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(precision, "has_bf16", lambda device: True)
-    stop_at(0, 3)
     with pytest.raises(Stopped):
-        main(**SMALL, no_lr_find=True, out=str(tmp_path / "run"))
+        main(cbs=StopAt(0, 3), **SMALL, no_lr_find=True, out=str(tmp_path / "run"))
     monkeypatch.setattr(precision, "has_bf16", lambda device: False)
     with pytest.raises(InputError, match="--precision bf16: this cpu has no bf16"):
         main(resume=str(tmp_path / "run"))
@@ -224,17 +222,17 @@ def test_the_commit_and_whether_the_code_was_changed(tmp_path, monkeypatch):
     def git(*words):
         subprocess.run(["git", "-C", str(tmp_path), *words], check=True, capture_output=True)
 
-    monkeypatch.setattr(run, "__file__", str(tmp_path / "run.py"))
+    monkeypatch.setattr(description, "__file__", str(tmp_path / "training/description.py"))
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert run.code_version() == {"commit": None, "clean": None}
+    assert description.code_version() == {"commit": None, "clean": None}
     (tmp_path / "run.py").write_text("1")
     git("init")
     git("add", "run.py")
     git("-c", "user.name=a", "-c", "user.email=b", "commit", "-m", "c")
     commit = subprocess.run(["git", "-C", str(tmp_path), "rev-parse", "HEAD"], capture_output=True, text=True).stdout
-    assert run.code_version() == {"commit": commit.strip(), "clean": True}
+    assert description.code_version() == {"commit": commit.strip(), "clean": True}
     (tmp_path / "run.py").write_text("2")
-    assert run.code_version() == {"commit": commit.strip(), "clean": False}
+    assert description.code_version() == {"commit": commit.strip(), "clean": False}
 
 
 def test_a_long_training_on_a_cpu_says_how_long(tmp_path, capsys):
@@ -253,7 +251,7 @@ def test_a_long_training_on_a_cpu_says_how_long(tmp_path, capsys):
 def test_idle_threads_sleep_unless_the_environment_says_otherwise(tmp_path, own):
     script = tmp_path / "script.py"
     show = "print({k: os.environ.get(k) for k in ('OMP_WAIT_POLICY', 'GOMP_SPINCOUNT', 'KMP_BLOCKTIME')})"
-    script.write_text(f"import os\nfrom errors import run_command\n\ndef main():\n    {show}\n\nrun_command(main)\n")
+    script.write_text(f"import os\nfrom errors import parse\n\ndef main():\n    {show}\n\nparse(main)\n")
     names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
     env = {k: v for k, v in os.environ.items() if k not in names} | {"PYTHONPATH": str(ROOT)} | own
     said = subprocess.run([sys.executable, script], capture_output=True, text=True, env=env, check=True).stdout

@@ -14,10 +14,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import predict
-from classifier import HEADER, load_safetensors
-from errors import run_command
-from images import read_image
-from precision import full_precision
+from errors import parse, run_command
+from images.decoding import read_image
+from trained.header import HEADER
+from trained.safe_file import load_safetensors
+from training.precision import full_precision
 
 FILES = ("model.safetensors", "model.onnx", "model.pt2", "export.pkl")
 
@@ -31,7 +32,7 @@ def run(monkeypatch, capsys):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
         code = 0
         try:
-            run_command(predict.main)
+            run_command(predict.main, parse(predict.Options))
         except SystemExit as e:
             code = e.code
         return code, *capsys.readouterr()

@@ -6,13 +6,14 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 import torch
+from conftest import main
 from fastai.callback.core import Callback
 from fastai.torch_core import set_seed
 
 from data import get_dls
-from images import ImageTable
+from images.table import ImageTable
 from recipes import ANCESTOR, FAST, RECIPES, SEED, Cyclic, OneCycle, Plateau, Recipe, get_recipe
-from train_fastai import get_learner, main
+from train_fastai import get_learner
 
 EPOCHS = 3
 
@@ -40,19 +41,21 @@ def test_the_ancestors_schedule():
     assert lr == pytest.approx([0, 0.2, 0.4, 0.2, 0])
 
 
-def test_one_cycle_is_exactly_fit_one_cycle(tmp_path):
+def test_one_cycle_is_fit_one_cycle_and_draws_its_rates(tmp_path):
     schedule = OneCycle(pct_start=0.3)
-    ours = trained(tmp_path, lambda learn: learn.fit(EPOCHS, 0.1, cbs=schedule.callbacks(0.1)))
+    ours = trained(tmp_path, lambda learn: schedule.fit(learn, EPOCHS, 0.1))
     theirs = trained(tmp_path, lambda learn: learn.fit_one_cycle(EPOCHS, 0.1, pct_start=0.3))
     assert ours.recorder.lrs == theirs.recorder.lrs
     for ours_, theirs_ in zip(ours.model.parameters(), theirs.model.parameters(), strict=True):
         assert torch.equal(ours_, theirs_)
+    n = len(ours.recorder.lrs)
+    assert [schedule.lr(0.1, i / n) for i in range(n)] == pytest.approx(ours.recorder.lrs)
 
 
 @pytest.mark.parametrize("name", ["ancestor", "seed", "cyclic", "cyclic2", "cyclic-exp"])
 def test_every_batch_has_the_learning_rate_of_its_position(tmp_path, name):
     schedule = RECIPES[name].schedule
-    learn = trained(tmp_path, lambda learn: learn.fit(EPOCHS, 0.1, cbs=schedule.callbacks(0.1)))
+    learn = trained(tmp_path, lambda learn: schedule.fit(learn, EPOCHS, 0.1))
     n = EPOCHS * 5
     assert learn.recorder.lrs == pytest.approx([schedule.lr(0.1, i / n) for i in range(n)])
 
@@ -74,7 +77,7 @@ def test_cyclic_rates_are_the_papers(mode):
 def test_plateau_lowers_the_rate_once_the_validation_loss_stalls(tmp_path):
     # Steps this small change no weight, and without batch norm nothing else moves the validation loss either.
     schedule, lr = Plateau(factor=10, patience=2), 1e-20
-    learn = trained(tmp_path, lambda learn: learn.fit(6, lr, cbs=schedule.callbacks(lr)), SEED, "layer")
+    learn = trained(tmp_path, lambda learn: schedule.fit(learn, 6, lr), SEED, "layer")
     assert learn.recorder.lrs[::5] == pytest.approx([lr, lr, lr, lr / 10, lr / 10, lr / 100], rel=1e-6, abs=0)
 
 
@@ -85,8 +88,8 @@ def test_plateau_keeps_the_rate_while_the_loss_falls(tmp_path):
         def after_epoch(self):
             self.recorder.values[-1][1] = 1 / (1 + self.epoch)
 
-    cbs = [Falling(), *Plateau(factor=10, patience=1).callbacks(1e-20)]
-    learn = trained(tmp_path, lambda learn: learn.fit(4, 1e-20, cbs=cbs), SEED, "layer")
+    schedule = Plateau(factor=10, patience=1)
+    learn = trained(tmp_path, lambda learn: schedule.fit(learn, 4, 1e-20, [Falling()]), SEED, "layer")
     assert set(learn.recorder.lrs) == {1e-20}
 
 

@@ -13,16 +13,14 @@ import time
 import matplotlib
 import pytest
 import torch
-from conftest import ROOT, outcome, same
+from conftest import ROOT, StopAt, main, outcome, same
 from fastai.callback.core import Callback
 
-import train_fastai
-from checkpoint import load_checkpoint
 from errors import InputError, Stopped
 from files import locked
 from model import CustomResNet
 from recipes import RECIPES
-from train_fastai import main
+from training.checkpoint import load_checkpoint
 
 SMALL = {"data": "digits", "bs": 128, "width": 2, "epochs": 3, "lr": "0.05", "device": "cpu", "no_lr_find": True}
 SMALL["no_pictures"] = True
@@ -38,18 +36,17 @@ RUNS = [("fast", 2), ("plateau", 0)] + [(name, n) for name in RECIPES for n in (
 
 
 @pytest.mark.parametrize(("recipe", "workers"), RUNS)
-def test_resumed_is_as_never_stopped(tmp_path, capsys, stop_at, recipe, workers):
+def test_resumed_is_as_never_stopped(tmp_path, capsys, recipe, workers):
     """Stopped in the first batch of an epoch, in a later one, and while it validates; CutMix draws at every batch."""
     options = SMALL | {"recipe": recipe, "workers": workers, "cutmix": 1.0}
     main(**options, out=str(tmp_path / "whole"))
     run = tmp_path / "stopped"
     options["out"] = str(run)
     for place in ((0, 3), (1, 2, False)):
-        stop_at(*place)
         with pytest.raises(
             Stopped, match=r"stopped by SIGTERM in epoch .* go on with: python train_fastai.py --resume "
         ) as e:
-            main(**options)
+            main(cbs=StopAt(*place), **options)
         assert e.value.code == 143
         assert "checkpoint.pth" in names(run)
         assert "result.json" not in names(run)
@@ -60,22 +57,20 @@ def test_resumed_is_as_never_stopped(tmp_path, capsys, stop_at, recipe, workers)
     assert "from epoch 2, batch 12 on" in capsys.readouterr().out
 
 
-def test_the_peak_of_the_range_test_stays(tmp_path, capsys, stop_at):
+def test_the_peak_of_the_range_test_stays(tmp_path, capsys):
     options = {**SMALL, "recipe": "demo", "lr": "auto", "no_lr_find": False}
     main(**options, out=str(tmp_path / "whole"))
-    stop_at(1, 1)
     with pytest.raises(Stopped):
-        main(**options, out=str(tmp_path / "stopped"))
+        main(cbs=StopAt(1, 1), **options, out=str(tmp_path / "stopped"))
     main(resume=str(tmp_path / "stopped"))
     assert same(outcome(tmp_path / "stopped"), outcome(tmp_path / "whole"))
 
 
-def test_one_command_starts_goes_on_and_says_that_it_is_done(tmp_path, capsys, stop_at):
+def test_one_command_starts_goes_on_and_says_that_it_is_done(tmp_path, capsys):
     run = tmp_path / "run"
     options = SMALL | {"recipe": "demo", "resume": "auto", "out": str(run)}
-    stop_at(1, 0)
     with pytest.raises(Stopped, match="in epoch 2, after 1 of 11 batches"):
-        main(**options)
+        main(cbs=StopAt(1, 0), **options)
     main(**options)
     first = outcome(run)
     capsys.readouterr()
@@ -84,13 +79,12 @@ def test_one_command_starts_goes_on_and_says_that_it_is_done(tmp_path, capsys, s
     assert same(outcome(run), first)
 
 
-def test_several_runs_go_on_where_they_were_stopped(tmp_path, capsys, stop_at):
+def test_several_runs_go_on_where_they_were_stopped(tmp_path, capsys):
     options = SMALL | {"recipe": "demo", "epochs": 1, "runs": 2, "seed": 3}
     main(**options, out=str(tmp_path / "whole"))
     options |= {"resume": "auto", "out": str(tmp_path / "stopped")}
-    stop_at(0, 4)
     with pytest.raises(Stopped):
-        main(**options)
+        main(cbs=StopAt(0, 4), **options)
     main(**options)
     for seed in (3, 4):
         assert same(outcome(tmp_path / f"stopped/seed-{seed}"), outcome(tmp_path / f"whole/seed-{seed}"))
@@ -187,12 +181,9 @@ def test_a_loader_process_that_dies_is_named(tmp_path, capsys, monkeypatch):
                 os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
                 time.sleep(1)
 
-    real = train_fastai.get_learner
-    monkeypatch.setattr(train_fastai, "get_learner", lambda *args: real(*args, cbs=Kill()))
     options = SMALL | {"recipe": "demo", "no_lr_find": True}
     with pytest.raises(InputError, match=r"DataLoader worker .* killed by signal: Killed, perhaps .* --workers 0"):
-        main(**options, workers=1, out=str(tmp_path / "run"))
-    monkeypatch.setattr(train_fastai, "get_learner", real)
+        main(cbs=Kill(), **options, workers=1, out=str(tmp_path / "run"))
     main(resume=str(tmp_path / "run"), workers=0)
     main(**options, out=str(tmp_path / "whole"))
     assert same(outcome(tmp_path / "run"), outcome(tmp_path / "whole"))
@@ -204,10 +195,8 @@ def test_a_loss_that_is_not_finite_says_where_and_keeps_what_was_good(tmp_path, 
             if (self.epoch, self.iter, self.training) == (1, 4, True):
                 self.learn.xb = (self.x * float("nan"),)
 
-    real = train_fastai.get_learner
-    monkeypatch.setattr(train_fastai, "get_learner", lambda *args: real(*args, cbs=Wreck()))
     with pytest.raises(InputError, match=r"the training loss became nan in epoch 2, batch 5, learning rate 0\.0\d+: "):
-        main(**SMALL, recipe="demo", out=str(tmp_path / "run"))
+        main(cbs=Wreck(), **SMALL, recipe="demo", out=str(tmp_path / "run"))
     state = load_checkpoint(tmp_path / "run", CustomResNet(width=2))
     assert state["epoch"] == 1
     assert all(torch.isfinite(weight).all() for weight in state["model"].values())
@@ -218,21 +207,18 @@ def test_too_little_memory_says_what_to_try(tmp_path, capsys, monkeypatch):
         def before_batch(self):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
 
-    real = train_fastai.get_learner
-    monkeypatch.setattr(train_fastai, "get_learner", lambda *args: real(*args, cbs=Full()))
     with pytest.raises(InputError, match="too little memory for batches of 128; try --bs 64"):
-        main(**SMALL, recipe="demo", out=str(tmp_path / "run"))
+        main(cbs=Full(), **SMALL, recipe="demo", out=str(tmp_path / "run"))
 
 
 # What cannot be gone on with
 
 
 @pytest.fixture
-def stopped(tmp_path, capsys, stop_at):
+def stopped(tmp_path, capsys):
     """A run that was stopped in its second epoch."""
-    stop_at(1, 2)
     with pytest.raises(Stopped):
-        main(**SMALL, recipe="demo", out=str(tmp_path / "run"))
+        main(cbs=StopAt(1, 2), **SMALL, recipe="demo", out=str(tmp_path / "run"))
     return tmp_path / "run"
 
 
@@ -255,6 +241,16 @@ def test_the_same_setting_and_another_number_of_workers_are_not(stopped, capsys)
     assert json.loads((stopped / "result.json").read_text())["workers"] == 1
 
 
+def test_a_run_of_an_earlier_version_goes_on_with_the_defaults_of_what_it_lacks(stopped, tmp_path, capsys):
+    config = json.loads((stopped / "config.json").read_text())
+    for name in ("cutmix", "deterministic"):
+        del config["options"][name], config[name]
+    (stopped / "config.json").write_text(json.dumps(config))
+    main(resume=str(stopped))
+    main(**SMALL, recipe="demo", out=str(tmp_path / "whole"))
+    assert same(outcome(stopped), outcome(tmp_path / "whole"))
+
+
 def test_no_run_no_resume(tmp_path):
     with pytest.raises(InputError, match=r"nothing: there is no run to go on with, no config\.json"):
         main(resume=str(tmp_path / "nothing"))
@@ -265,12 +261,11 @@ def test_no_run_no_resume(tmp_path):
         main(resume="auto")
 
 
-def test_other_images_are_refused(image_folder, tmp_path, capsys, stop_at):
+def test_other_images_are_refused(image_folder, tmp_path, capsys):
     root = image_folder()
     options = SMALL | {"data": str(root), "bs": 2, "out": str(tmp_path / "run")}
-    stop_at(1, 0)
     with pytest.raises(Stopped):
-        main(**options)
+        main(cbs=StopAt(1, 0), **options)
     (root / "train/cat/000.png").write_bytes((root / "train/dog/000.png").read_bytes())
     with pytest.raises(InputError, match="the images are others, but it was started with"):
         main(resume=str(tmp_path / "run"))

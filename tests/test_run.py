@@ -5,7 +5,7 @@ import pytest
 from errors import InputError
 from files import complete, write_csv, write_json
 from recipes import RECIPES, get_recipe
-from run import new_run_folder
+from training.run import new_run_folder
 
 
 def test_a_file_is_complete_or_not_there(tmp_path):

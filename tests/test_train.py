@@ -12,17 +12,17 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, main
 from fastai.callback.core import Callback
 from fastai.learner import load_learner
 from PIL import Image
 
 from data import get_dls
 from errors import InputError
-from options import set_deterministic
 from recipes import get_recipe
-from run import RunLog
-from train_fastai import get_learner, main
+from train_fastai import get_learner
+from trained.device import set_deterministic
+from training.history import RunLog
 
 FILES = {
     "config.json", "history.csv", "result.json", "augmentations.png", "loss.png", "accuracy.png", "export.pkl",
@@ -300,7 +300,7 @@ def test_a_loss_that_is_not_finite_says_why(command, tmp_path):
 
 def test_a_bug_keeps_its_traceback(tmp_path):
     script = tmp_path / "buggy.py"
-    script.write_text("from errors import run_command\n\ndef main():\n    1 / 0\n\nrun_command(main)\n")
+    script.write_text("from errors import parse\n\ndef main():\n    1 / 0\n\nparse(main)\n")
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     result = subprocess.run([sys.executable, script], capture_output=True, text=True, env=env)
     assert result.returncode == 1

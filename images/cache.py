@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from images import ImageTable
+from images.table import ImageTable
 
 VERSION = 4  # of what the reading makes of a source; another one is another entry
 ARRAYS = ("images", "labels", "is_train")

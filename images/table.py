@@ -1,65 +1,20 @@
-"""Files decoded to uint8 pixels, and tables of them as fastai items: an `ImageTable`'s views share its pixels."""
+"""Decoded images as fastai items: an `ImageTable`, whose views share its pixels."""
 
 import hashlib
-import io
-import stat
-from collections.abc import Callable
+import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
 
 from errors import InputError
+from images.decoding import SIZE
 
-SIZE = 32  # pixels a side
-MAX_PIXELS = 64_000_000  # of an image that is shrunk to 32x32; decoded it would take 200 MB
-MAX_BYTES = 64 * 2**20  # of an image's file
-# By content, as a name is often wrong. Pillow reads dozens, some of which (EPS) run other programs.
-FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP")
+SPLITS = ("train", "test")
 
 
-def to_rgb(image: Image.Image) -> np.ndarray:
-    """A PIL image of any mode and size → uint8 (32, 32, 3), upright. Other sizes are squeezed: nothing is cut off.
-
-    Raises ValueError for one of more than 64 million pixels.
-    """
-    if image.width * image.height > MAX_PIXELS:
-        raise ValueError(f"{image.width}x{image.height} pixels, too many")
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))  # Pillow would make all above 255 white
-    image = image.convert("RGB")  # a copy, which may be turned
-    if "exif" in image.info:  # a telephone stores its photographs as the sensor lay, and says so there
-        ImageOps.exif_transpose(image, in_place=True)
-    if image.size != (SIZE, SIZE):
-        image = image.resize((SIZE, SIZE), Image.Resampling.BILINEAR)
-    return np.asarray(image)
-
-
-def decode(data: bytes, name: str, animated: Callable[[str], None]) -> np.ndarray:
-    """A file's content → uint8 (32, 32, 3). Calls `animated` with its name where more frames are left out.
-
-    Raises InputError that names it where it is no image.
-    """
-    try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            if getattr(image, "n_frames", 1) > 1:
-                animated(name)
-            return to_rgb(image)
-    except Exception as e:  # whatever a decoder makes of a foreign file: Pillow raises half a dozen types
-        reason = str(e).partition(" <_io")[0]
-        raise InputError(f"{name}: not a readable image ({reason}); remove or replace it") from e
-
-
-def read_image(path: Path, animated: Callable[[str], None]) -> np.ndarray:
-    """`decode` of a file. Raises OSError where it cannot be read."""
-    info = path.stat()
-    if not stat.S_ISREG(info.st_mode):  # to read a pipe would wait for ever
-        raise InputError(f"{path}: not a file; remove it")
-    if info.st_size > MAX_BYTES:
-        raise InputError(f"{path}: {info.st_size:,} bytes, more than any image here has; remove it")
-    return decode(path.read_bytes(), str(path), animated)
+Found = dict[tuple[str, str], list[tuple[str, np.ndarray]]]  # (split, class) → (file name, pixels)
 
 
 class Item(NamedTuple):
@@ -130,3 +85,34 @@ class ImageTable:
         for array in (self.labels, self.is_train, self.images):
             digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()
+
+
+def table_of(name: str, found: Found, animated: Sequence[str] = ()) -> ImageTable:
+    """Check the classes and put all images into one array, ordered by split, class and file name."""
+    classes = {split: {c for s, c in found if s == split} for split in SPLITS}
+    for split, other in (SPLITS, SPLITS[::-1]):
+        if missing := sorted(classes[split] - classes[other]):
+            raise InputError(f"{name}: class {missing[0]!r} is in {split} but not in {other}; both need every class")
+    names = sorted(classes["train"])
+    if len(names) < 2:
+        raise InputError(f"{name}: {len(names)} class in it; at least two are needed")
+    for c in names:
+        if any(unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") for char in c):
+            raise InputError(f"{name}: class {c!r}: its name is not one line of text; rename the folder")
+    keys = [(split, c) for split in SPLITS for c in names]
+    for split, c in keys:
+        if not found[split, c]:
+            raise InputError(f"{name}: class {c!r} has no image in {split}; add some, or remove it from both sides")
+    images = np.stack([pixels for key in keys for _, pixels in sorted(found[key], key=lambda image: image[0])])
+    counts = [len(found[key]) for key in keys]
+    labels = np.repeat([names.index(c) for _, c in keys], counts)
+    is_train = np.repeat([split == "train" for split, _ in keys], counts)
+    notes = []
+    if animated:
+        others = f", and of {len(animated) - 1} others" if len(animated) > 1 else ""
+        notes.append(f"{animated[0]}: animated; its first frame is taken{others}")
+    digests = np.array([hashlib.blake2b(image.tobytes(), digest_size=8).digest() for image in images])
+    if twice := int(np.isin(digests[~is_train], digests[is_train]).sum()):
+        notes.append(f"{twice} of {(~is_train).sum()} test images are among the training images; the accuracy flatters")
+    rows = np.arange(len(images))
+    return ImageTable(name, tuple(names), images, labels, is_train, rows, notes=tuple(notes))

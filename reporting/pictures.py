@@ -1,7 +1,6 @@
 """The pictures of runs, drawn with matplotlib's `Figure`: a notebook's own figures and backend stay as they are."""
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +9,10 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from evaluation import Evaluation
 from files import complete
-from lr_finder import RangeTest, default_method
-from recipes import Recipe
+from recipes import Curve, Recipe
+from reporting.evaluation import Evaluation
+from training.lr_finder import RangeTest, default_method
 
 # Okabe and Ito's palette, which the colour-blind can tell apart
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#777777"
@@ -156,9 +155,8 @@ def save_schedules(recipes: dict[str, Recipe], path: Path, comment: str | None =
     figure, axes = _axes("Learning rate", "epoch", "learning rate")
     for (name, recipe), color in zip(recipes.items(), COLORS, strict=False):
         position = np.linspace(0, 1, 1000)
-        scheduler = recipe.schedule.callbacks(recipe.lr)[0]
-        if hasattr(scheduler, "scheds"):
-            lr, style = [scheduler.scheds["lr"](p) for p in position], "-"
+        if isinstance(recipe.schedule, Curve):
+            lr, style = [recipe.schedule.lr(recipe.lr, p) for p in position], "-"
         else:
             lr, style, name = np.full(1000, recipe.lr), "--", f"{name}, until the loss stalls"
         axes.plot(position * recipe.epochs, lr, style, color=color, label=name)
@@ -242,16 +240,3 @@ def save_examples(evaluation: Evaluation, chosen: np.ndarray, maps: np.ndarray, 
 
 def _short(names: Sequence[str]) -> list[str]:
     return [name if len(name) <= 14 else f"{name[:13]}…" for name in names]
-
-
-def runs_table(results: list[dict]) -> str:
-    """The accuracies of several runs in percent, a line each, and mean, standard deviation, minimum and maximum."""
-    names = {"last_accuracy": "last epoch", "tta_accuracy": "with TTA"}
-    names = {key: name for key, name in names.items() if results[0][key] is not None}
-    columns = [np.array([100 * result[key] for result in results]) for key in names]
-    rows = [("seed", *names.values())]
-    rows += [(result["seed"], *(f"{column[i]:.2f}" for column in columns)) for i, result in enumerate(results)]
-    overall = (("mean", np.mean), ("std", partial(np.std, ddof=1)), ("min", np.min), ("max", np.max))
-    for name, of in overall if len(results) > 1 else ():
-        rows.append((name, *(f"{of(column):.2f}" for column in columns)))
-    return "\n".join(f"{first!s:<6}" + "".join(f"{cell:>12}" for cell in rest) for first, *rest in rows)

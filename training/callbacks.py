@@ -18,7 +18,7 @@ from fastai.torch_core import to_detach
 from fastcore.basics import noop
 
 from errors import InputError
-from precision import full_precision
+from training.precision import full_precision
 
 
 class SmoothLoss(AvgSmoothLoss):

@@ -59,6 +59,11 @@ def on_rank0(func: Callable, *args) -> Any:
     return answer[0]
 
 
+def is_rank0() -> bool:
+    """Whether this is the process that writes and prints; the others help with the training, and no more."""
+    return rank_distrib() == 0
+
+
 def in_turns(func: Callable) -> Any:
     """What `func()` returns here. Rank 0 calls it first, then the first process of each machine, then the others.
 

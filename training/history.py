@@ -1,11 +1,5 @@
-"""The run folder: its number, its files, and the callback that writes down what happened in every epoch."""
+"""What happened in every epoch: written down, printed, and on a CPU foretold."""
 
-import json
-import os
-import platform
-import subprocess
-from collections.abc import Iterable
-from importlib.metadata import version
 from math import isfinite
 from pathlib import Path
 from time import perf_counter
@@ -15,112 +9,10 @@ import torch
 from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.tracker import TrackerCallback
 from fastai.learner import Learner, save_model
-from fastai.torch_core import num_distrib, rank_distrib
+from fastai.torch_core import rank_distrib
 
-from distributed import total
-from errors import InputError
 from files import complete, write_csv
-
-PACKAGES = ("fastai", "torch", "torchvision", "albumentations", "fastcore", "numpy", "pillow")
-
-
-def check_out(out: str | None) -> None:
-    """Raise InputError if `out` cannot become a run folder; looked at before the work starts."""
-    if out is None:
-        return
-    path = Path(out)
-    if path.is_dir() and any(path.iterdir()):
-        raise InputError(f"--out {out}: the folder is not empty; name a new or an empty one")
-    if path.exists() and not path.is_dir():
-        raise InputError(f"--out {out}: this is a file; name a new or an empty folder")
-
-
-def new_run_folder(recipe: str, out: str | None = None, parent: str = "runs") -> Path:
-    """Make `out`, or the next free `runs/NNN-recipe`. Raises InputError where that cannot be, or `out` holds files."""
-    check_out(out)
-    try:
-        if out is not None:
-            Path(out).mkdir(parents=True, exist_ok=True)
-            return Path(out)
-        Path(parent).mkdir(exist_ok=True)
-        while True:
-            taken = [int(p.name.split("-")[0]) for p in Path(parent).iterdir() if p.name.split("-")[0].isdigit()]
-            folder = Path(parent) / f"{max(taken, default=0) + 1:03}-{recipe}"
-            try:
-                folder.mkdir()
-                return folder
-            except FileExistsError:  # another run took the number in the meantime
-                continue
-    except OSError as e:
-        raise InputError(f"{e.filename}: the run folder cannot be made here ({e.strerror}); pass --out PATH") from e
-
-
-def describe(learn: Learner, asked: dict) -> dict:
-    """What goes into `config.json`: what was asked for, on what data, device and versions."""
-    device, table = learn.dls.device, learn.dls.train_ds.items
-    cpu = f"{processor()}, {os.cpu_count()} cores"
-    return {
-        **asked,
-        "source": table.name,
-        "fingerprint": table.fingerprint(),
-        "classes": list(table.classes),
-        "images": {"train": len(learn.dls.train_ds), "valid": len(learn.dls.valid_ds)},
-        "parameters": sum(p.numel() for p in learn.model.parameters()),
-        "device": str(device),
-        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
-        "threads": torch.get_num_threads(),
-        "processes": max(1, num_distrib()),
-        "workers": learn.dls.train.fake_l.num_workers,
-        **code_version(),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
-    }
-
-
-def processor() -> str:
-    """Its name, or its architecture where that is all one can know."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:  # not Linux
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
-
-
-def code_version() -> dict:
-    """The git commit that this code is at, and whether no tracked file differs from it; None where git knows none."""
-    words = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
-    try:
-        said = subprocess.run(words, capture_output=True, text=True, timeout=60, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):  # no git, or an archive of the code instead of a clone
-        return {"commit": None, "clean": None}
-    return {"commit": said.removesuffix("-dirty"), "clean": not said.endswith("-dirty")}
-
-
-def finished(run: Path) -> dict | None:
-    """What is in the `result.json` of a run that has ended, None for any other."""
-    path = run / "result.json"
-    return json.loads(path.read_text()) if path.exists() else None
-
-
-def check_same(run: Path, config: dict, names: Iterable[str]) -> None:
-    """Raise InputError where `run` was started with another value for one of `names`: it cannot be gone on with."""
-    before = json.loads((run / "config.json").read_text())
-    for name in names:
-        if before.get(name) != config[name]:
-            what = "the images are others" if name == "fingerprint" else f"{name} is {config[name]}"
-            raise InputError(f"--resume {run}: {what}, but it was started with {before.get(name)}; start anew")
-
-
-def print_config(config: dict) -> None:
-    """One line a setting."""
-    for name, value in config.items():
-        if name == "arguments":  # the same again
-            continue
-        if isinstance(value, dict):
-            value = ", ".join(f"{k} {v}" for k, v in value.items())
-        elif isinstance(value, list):
-            value = " ".join(value[:20]) + (f" … ({len(value)})" if len(value) > 20 else "")
-        print(f"{name:<15} {value}")
+from training.distributed import total
 
 
 def save_weights(learn: Learner, name: str) -> Path:

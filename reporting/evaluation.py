@@ -6,8 +6,8 @@ import numpy as np
 from fastai.learner import Learner
 from sklearn.metrics import confusion_matrix
 
-from images import ImageTable
-from precision import full_precision
+from images.table import ImageTable
+from training.precision import full_precision
 
 BINS = 15  # as in the paper on calibration below
 

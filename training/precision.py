@@ -10,8 +10,8 @@ from fastai.learner import Learner
 from fastcore.foundation import L
 from torch.amp import GradScaler, autocast
 
-from classifier import without_tf32
 from errors import InputError
+from trained.classifier import without_tf32
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}

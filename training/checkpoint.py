@@ -17,9 +17,9 @@ from fastai.learner import get_model
 from fastai.torch_core import get_random_states, num_distrib, rank_distrib, set_random_states
 from torch import nn
 
-from distributed import Vote
 from errors import InputError
 from files import complete
+from training.distributed import Vote
 
 NAME, BEFORE = "checkpoint.pth", "checkpoint-before.pth"
 FORMAT = 2  # changes with what is in the file
@@ -117,7 +117,7 @@ class Checkpoint(Callback):
             "batch": batch,
             "pct_train": float(self.pct_train),
             "model": get_model(self.model).state_dict(),
-            "opt": self.opt.state_dict(),
+            "opt": _without_numpy(self.opt.state_dict()),
             "scaler": scaler and scaler.state_dict(),
             "callbacks": {type(cb).__name__: cb.state_dict() for cb in self._kept_callbacks()},
             "random": {**states, "numpy_state": (name, keys.tolist(), *rest)},
@@ -132,6 +132,13 @@ class Checkpoint(Callback):
             if path.exists():
                 with complete(self.path / BEFORE) as before:
                     os.link(path, before)
+
+
+def _without_numpy(state: dict) -> dict:
+    """The optimiser's state; fastai's schedules leave numpy's numbers in it, which torch's safe reader refuses."""
+    for group in state["param_groups"]:
+        group.update({name: value.item() for name, value in group.items() if isinstance(value, np.generic)})
+    return state
 
 
 def load_checkpoint(run: Path, model: nn.Module) -> dict | None:

@@ -1,0 +1,112 @@
+"""Where images come from: every source is decoded once, checked, and becomes an `ImageTable`."""
+
+import sys
+from collections import defaultdict
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from errors import InputError
+from images.archives import members
+from images.cache import decoded
+from images.cifar10 import BATCH_FILES, CIFAR10_STATS, download, read_batches
+from images.decoding import decode, read_image, to_rgb
+from images.table import SPLITS, Found, ImageTable, table_of
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+
+
+def load_images(source: str | Path | ImageTable) -> ImageTable:
+    """Read a source: "cifar10", "digits", a folder or archive with `train/<class>/` and `test/<class>/` images, or the
+    official `cifar-10-batches-py` folder or `cifar-10-python.tar.gz`. Raises InputError that names what is wrong.
+    """
+    if isinstance(source, ImageTable):
+        return source
+    if source == "digits":
+        return _read_digits()
+    path = Path(source).expanduser()
+    try:
+        if source == "cifar10":
+            return replace(decoded(download(), _read_folder), name="cifar10", stats=CIFAR10_STATS)
+        if path.is_dir():
+            inner = path / "cifar-10-batches-py"
+            table = decoded(inner if inner.is_dir() else path, _read_folder)
+        elif path.is_file():
+            table = decoded(path, _read_archive)
+        else:
+            raise InputError(
+                f"{path}: no such file or folder; data is cifar10, digits, a folder or an archive of images"
+            )
+    except OSError as e:
+        raise InputError(f"{e.filename or path}: cannot be read ({e.strerror or e}); check its permissions") from e
+    table = replace(table, name=path.resolve().name)
+    for note in table.notes:
+        print(f"warning: {table.name}: {' '.join(note.split())}", file=sys.stderr)
+    return table
+
+
+def _read_digits() -> ImageTable:
+    digits = load_digits()
+    small = np.round(digits.images * (255 / 16)).astype(np.uint8)
+    found: Found = {}
+    for label in range(10):
+        rows = np.random.default_rng([0, label]).permutation(np.flatnonzero(digits.target == label))
+        images = [(str(row), to_rgb(Image.fromarray(small[row]))) for row in rows]
+        n_train = round(0.8 * len(images))
+        found["train", str(label)], found["test", str(label)] = images[:n_train], images[n_train:]
+    return table_of("digits", found)
+
+
+def _read_folder(root: Path) -> ImageTable:
+    if (root / "batches.meta").is_file():
+        names = [name for split in SPLITS for name in BATCH_FILES[split]] + ["batches.meta"]
+        return read_batches(str(root), {n: (root / n).read_bytes() for n in names if (root / n).is_file()})
+    found: Found = {}
+    animated: list[str] = []
+    for split in SPLITS:
+        if not (root / split).is_dir():
+            raise InputError(f"{root}: there is no {split} folder in it; it must hold train/<class>/ and test/<class>/")
+        for folder in sorted(p for p in (root / split).iterdir() if not p.name.startswith(".")):
+            if not folder.is_dir():
+                raise InputError(f"{folder}: a file where the folder of a class should be; remove it")
+            files = sorted(p for p in folder.iterdir() if not p.name.startswith("."))
+            for path in files:
+                _checked_suffix(str(path))
+            found[split, folder.name] = [(path.name, read_image(path, animated.append)) for path in files]
+    return table_of(str(root), found, animated)
+
+
+def _checked_suffix(name: str) -> str:
+    if not name.lower().endswith(IMAGE_SUFFIXES):
+        raise InputError(f"{name}: not a {' or '.join(IMAGE_SUFFIXES)} image; remove or convert it")
+    return name
+
+
+def _read_archive(path: Path) -> ImageTable:
+    batches, found, animated, depth = {}, defaultdict(list), [], None
+    known_batches = {"batches.meta", *BATCH_FILES["train"], *BATCH_FILES["test"]}
+    for member, data in members(path):
+        parts = member.parts
+        if data is not None and member.name in known_batches:
+            batches[member.name] = data
+        if depth is None:  # the first train or test folder tells how deep the layout starts
+            depth = next((i for i, part in enumerate(parts) if part in SPLITS), None)
+        if depth is None or len(parts) < depth + 2 or parts[depth] not in SPLITS:
+            continue  # a read-me, a list of labels
+        if any(part.startswith(".") for part in parts[depth + 1 :]):
+            continue  # .DS_Store and its like
+        images = found[parts[depth], parts[depth + 1]]  # also for a folder, so that an empty class is seen
+        if data is None:
+            continue
+        name = f"{path}: {member}"
+        if len(parts) != depth + 3:
+            raise InputError(f"{name}: images must lie at train/<class>/ and test/<class>/")
+        images.append((member.name, decode(data, _checked_suffix(name), animated.append)))
+    if batches:
+        return read_batches(str(path), batches)
+    if not found:
+        raise InputError(f"{path}: holds neither train/<class>/ and test/<class>/ images nor CIFAR-10's batch files")
+    return table_of(str(path), found, animated)

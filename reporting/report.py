@@ -1,0 +1,67 @@
+"""Every picture of a run, and the card that shows them."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from fastai.learner import Learner
+from PIL import Image
+
+from files import complete
+from options import Options
+from reporting.card import write_card
+from reporting.evaluation import Evaluation
+from reporting.pictures import (
+    save_classes,
+    save_confusion,
+    save_examples,
+    save_history,
+    save_reliability,
+    save_schedules,
+)
+from trained.classifier import classifier_of, grad_cam
+
+EXAMPLES = 12  # images in a picture of them
+RESULTS = Path(__file__).parents[1] / "results/runs"
+
+
+def write_report(learn: Learner, options: Options, result: dict, evaluation: Evaluation) -> None:
+    """Every picture of the training and the trained network into `learn.path`, and the README that shows them."""
+    run, classifier = learn.path, classifier_of(learn)
+    what = f"{result['source']}, recipe {result['recipe']}, width {result['width']}, seed {result['seed']}"
+    save_history(result["history"], run, what, seed_curve(result))
+    recipe = replace(options.settings(), lr=result["peak_lr"])
+    save_schedules({result["recipe"]: recipe}, run / "schedule.png", svg=True)
+    save_confusion(evaluation, run / "confusion.png")
+    save_classes(evaluation, run / "classes.png")
+    save_reliability(evaluation, run / "reliability.png")
+    for name, chosen, title in (
+        ("wrong", evaluation.most_wrong(EXAMPLES), "The most confident mistakes"),
+        ("uncertain", evaluation.most_uncertain(EXAMPLES), "The least certain predictions"),
+    ):
+        images, _ = evaluation.table.batch(chosen.tolist())
+        maps = grad_cam(classifier, images, evaluation.predicted[chosen]) if len(chosen) else []
+        save_examples(evaluation, chosen, maps, title, run / f"{name}.png")
+    save_first_images(evaluation, run / "examples")
+    write_card(run, options, result)
+
+
+def save_first_images(evaluation: Evaluation, folder: Path) -> None:
+    """One validation image of each of the first classes as PNG, for `app.py` to offer: the first, whatever it shows."""
+    folder.mkdir(exist_ok=True)
+    for label in range(min(EXAMPLES, len(evaluation.table.classes))):
+        image = evaluation.table[int((evaluation.labels == label).argmax())].image
+        with complete(folder / f"{label:02}.png") as beside:
+            Image.fromarray(image).save(beside)
+
+
+def seed_curve(result: dict) -> list[float] | None:
+    """The mean accuracy in each epoch of the recipe `seed` on the same data and width, if it is among our results."""
+    if result["recipe"] == "seed":
+        return None
+    same = ("source", "fingerprint", "width", "valid")
+    others = [json.loads(path.read_text()) for path in RESULTS.glob("seed-*.json")]
+    others = [other["history"] for other in others if all(other[name] == result[name] for name in same)]
+    if not others:
+        return None
+    return [sum(row["valid_accuracy"] for row in epoch) / len(epoch) for epoch in zip(*others, strict=True)]

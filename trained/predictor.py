@@ -1,0 +1,51 @@
+"""A model from whichever file: its logits of uint8 pixels, and what there is to say of it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from errors import InputError
+from trained.classifier import without_tf32
+
+
+@dataclass(frozen=True)
+class Model:
+    """What there is to say of the network (`classes` at least), and its logits (n, classes) of uint8 (n, 32, 32, 3)."""
+
+    header: dict
+    logits: Callable[[np.ndarray], np.ndarray]
+
+    @classmethod
+    def of_torch(cls, classifier: nn.Module, header: dict, device: torch.device) -> "Model":
+        """The model that `classifier` is, moved to `device`."""
+        classifier.to(device, memory_format=torch.channels_last)  # as the pixels lie
+
+        @torch.inference_mode()
+        @without_tf32()
+        def logits(images: np.ndarray) -> np.ndarray:
+            return classifier(torch.from_numpy(images).to(device)).cpu().numpy()
+
+        return cls(header, logits)
+
+    @property
+    def classes(self) -> list[str]:
+        """Their names, in the order of the logits."""
+        return self.header["classes"]
+
+    def probabilities(self, images: np.ndarray, tta: bool = False) -> np.ndarray:
+        """Float (n, classes) of uint8 (n, 32, 32, 3); with `tta` each image counts together with its mirror image."""
+        logits = self.logits(images)
+        if tta:
+            logits = (logits + self.logits(np.ascontiguousarray(images[:, :, ::-1]))) / 2
+        return F.softmax(torch.from_numpy(logits), 1).numpy()
+
+
+def cpu_only(path: Path, device: str) -> None:
+    """Raise InputError where the device is another than the CPU."""
+    if device not in ("auto", "cpu"):
+        raise InputError(f"--device {device}: a {path.suffix} file runs on the CPU; pass the run's model.safetensors")

@@ -1,0 +1,78 @@
+"""model.safetensors: weights as data, and a JSON header. Reading it runs nothing in it, and needs no fastai."""
+
+import json
+from math import isfinite
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+
+from errors import InputError
+from files import complete
+from model import CustomResNet
+from trained.classifier import Classifier
+from trained.device import get_device
+from trained.header import FORMAT, HEADER, check_header, foreign
+from trained.predictor import Model
+
+if TYPE_CHECKING:
+    from fastai.learner import Learner
+
+
+def save_safetensors(learn: "Learner", path: Path, result: dict) -> None:
+    """Write the weights and a JSON header to `path`, complete or not at all.
+
+    result: what `result.json` holds. From it come the network's arguments, the classes, the data and the accuracies.
+    """
+    mean, std = learn.dls.train_ds.items.train_stats()
+    header = {
+        "format": FORMAT,
+        "architecture": {"num_classes": len(result["classes"])}
+        | {name: result[name] for name in ("width", "norm", "logit_scale")},
+        "normalization": {"mean": mean, "std": std},  # of RGB in the range 0..1
+        **{name: result[name] for name in ("classes", "source", "fingerprint", "recipe", "epochs", "seed", "valid")},
+        **{name: result[name] for name in ("flip", "last_accuracy", "tta_accuracy", "versions")},
+    }
+    tensors = {name: t.detach().cpu().contiguous() for name, t in learn.model.state_dict().items()}
+    with complete(path) as beside:
+        beside.write_bytes(save(tensors, {"format": "pt", HEADER: json.dumps(header)}))
+
+
+def load_safetensors(path: str | Path) -> tuple[Classifier, dict]:
+    """The classifier on the CPU, in evaluation mode, and the header of a file that `export.save_safetensors` wrote.
+
+    Nothing in the file is executed. Raises InputError where it is damaged, or not one of ours.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {})[HEADER])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no dict
+        with torch.device("meta"):  # takes no memory, whatever the header asks for; the weights are the file's own
+            network = CustomResNet(**header["architecture"])
+        types = {name: tensor.dtype for name, tensor in network.state_dict().items()}
+        network.load_state_dict(tensors, assign=True)
+        if types != {name: tensor.dtype for name, tensor in tensors.items()}:
+            raise ValueError("weights of another type")
+        check_header(header)
+        if len(header["classes"]) != header["architecture"]["num_classes"]:
+            raise ValueError("classes are not as many as the network's outputs")
+        mean, std = (header["normalization"][name] for name in ("mean", "std"))
+        numbers = [header["architecture"]["logit_scale"], header["last_accuracy"], *mean, *std]
+        if not all(isinstance(n, int | float) and isfinite(n) for n in numbers) or not len(mean) == len(std) == 3:
+            raise ValueError("normalization, logit_scale or last_accuracy are no numbers")
+        if not all(isinstance(header[name], str) for name in ("source", "valid")):
+            raise ValueError("source or valid are no words")
+    except OSError as e:
+        raise InputError(f"{path}: cannot be read ({e.strerror or e})") from e
+    except Exception as e:  # whatever a foreign file makes of the readers and the network
+        raise foreign(path, e) from e
+    return Classifier(network, mean, std).eval(), header
+
+
+def load(path: Path, device: str) -> Model:
+    """The model in the file, on the device of that name. Raises InputError."""
+    on = get_device(device)
+    classifier, header = load_safetensors(path)
+    return Model.of_torch(classifier, header, on)

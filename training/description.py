@@ -1,0 +1,83 @@
+"""What a run is: its settings, data, device, code and versions, for `config.json` and for the reader."""
+
+import os
+import platform
+import subprocess
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from fastai.learner import Learner
+from fastai.torch_core import num_distrib
+
+from options import Options
+
+PACKAGES = ("fastai", "torch", "torchvision", "albumentations", "fastcore", "numpy", "pillow")
+
+
+def describe(learn: Learner, options: Options) -> dict:
+    """What goes into `config.json`: the options, what came of them, on what data, device, code and versions."""
+    device, table, settings = learn.dls.device, learn.dls.train_ds.items, options.settings()
+    return {
+        "recipe": options.recipe,
+        **asdict(settings),
+        "lr": options.lr if options.lr == "auto" else settings.lr,
+        "schedule": str(settings.schedule),
+        "precision": learn.mixed_precision.precision,
+        **{name: getattr(options, name) for name in ("norm", "seed", "valid", "sync_bn", "compile", "deterministic")},
+        "source": table.name,
+        "fingerprint": table.fingerprint(),
+        "classes": list(table.classes),
+        "images": {"train": len(learn.dls.train_ds), "valid": len(learn.dls.valid_ds)},
+        "parameters": sum(p.numel() for p in learn.model.parameters()),
+        "device": str(device),
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
+        "threads": torch.get_num_threads(),
+        "processes": max(1, num_distrib()),
+        "workers": learn.dls.train.fake_l.num_workers,
+        **code_version(),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "options": {name: str(value) if isinstance(value, Path) else value for name, value in asdict(options).items()},
+    }
+
+
+def processor() -> str:
+    """The name of the CPU, or its architecture where that is all there is, and its cores."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return f"{next(names, platform.processor() or platform.machine())}, {os.cpu_count()} cores"
+
+
+def code_version() -> dict:
+    """The git commit that this code is at, and whether no tracked file differs from it; None where git knows none."""
+    words = [
+        "git",
+        "-C",
+        str(Path(__file__).parents[1]),
+        "describe",
+        "--always",
+        "--abbrev=40",
+        "--exclude=*",
+        "--dirty",
+    ]
+    try:
+        said = subprocess.run(words, capture_output=True, text=True, timeout=60, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):  # no git, or an archive of the code instead of a clone
+        return {"commit": None, "clean": None}
+    return {"commit": said.removesuffix("-dirty"), "clean": not said.endswith("-dirty")}
+
+
+def print_config(config: dict) -> None:
+    """One line a setting."""
+    for name, value in config.items():
+        if name == "options":  # the same again
+            continue
+        if isinstance(value, dict):
+            value = ", ".join(f"{k} {v}" for k, v in value.items())
+        elif isinstance(value, list):
+            value = " ".join(value[:20]) + (f" … ({len(value)})" if len(value) > 20 else "")
+        print(f"{name:<15} {value}")

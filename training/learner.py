@@ -1,0 +1,75 @@
+"""The learner: the recipe's network, loss and optimiser in fastai's `Learner`."""
+
+from functools import partial
+
+import fastai.callback.hook  # gives every Learner its summary
+import fastai.callback.schedule  # noqa: F401  lr_find and fit_one_cycle
+import torch
+from fastai.callback.channelslast import ChannelsLast
+from fastai.callback.mixup import CutMix
+from fastai.callback.progress import ProgressCallback
+from fastai.data.core import DataLoaders
+from fastai.learner import Learner, Recorder
+from fastai.losses import CrossEntropyLossFlat
+from fastai.metrics import accuracy
+from fastai.optimizer import OptimWrapper
+from fastai.torch_core import set_seed
+from fastcore.basics import defaults
+from fastcore.foundation import L
+
+from data import get_dls
+from images.sources import load_images
+from model import CustomResNet
+from options import Options
+from recipes import Recipe, get_recipe
+from trained.device import get_device
+from trained.learner_file import carry_our_code
+from training.callbacks import LazyProgress, LazyRecorder
+from training.distributed import in_turns
+from training.precision import MixedPrecision, choose_precision
+
+
+def get_learner(
+    dls: DataLoaders, recipe: str | Recipe = "fast", norm: str = "batch", precision: str = "auto", **kwargs
+) -> Learner:
+    """A plain fastai `Learner`: the recipe's network, loss and optimiser, channels-last, in mixed precision.
+
+    `precision` is "fp32", "bf16", "fp16", or "auto" for the fastest that the device has. `kwargs` go to `Learner`;
+    callbacks among them come on top of these. Raises InputError for an unknown recipe, and for a precision that the
+    device lacks, ValueError for an unknown norm.
+    """
+    carry_our_code()
+    recipe = get_recipe(recipe)
+    model = CustomResNet(len(dls.vocab), recipe.width, norm, recipe.logit_scale).to(dls.device)
+    lazy = {Recorder: LazyRecorder, ProgressCallback: LazyProgress}
+    cbs = [*(lazy.get(cb, cb) for cb in defaults.callbacks), ChannelsLast()]
+    cbs.append(MixedPrecision(choose_precision(precision, dls.device)))
+    if recipe.cutmix:
+        cbs.append(CutMix(recipe.cutmix))
+    if dls.device.type == "cuda":
+        # Batches have one shape: cuDNN tries its ways once and keeps the best, which is not always the same one.
+        torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
+    settings = {
+        "loss_func": CrossEntropyLossFlat(label_smoothing=recipe.label_smoothing),
+        # fastai's own SGD has no Nesterov momentum
+        "opt_func": partial(OptimWrapper, opt=torch.optim.SGD, momentum=recipe.momentum, nesterov=recipe.nesterov),
+        "lr": recipe.lr,
+        "wd": recipe.wd,
+        "moms": (recipe.momentum,) * 3,  # constant, where fastai's default cycles it against the learning rate
+        "metrics": accuracy,
+        "cbs": [*cbs, *L(kwargs.pop("cbs", None))],
+        "default_cbs": False,
+    }
+    return Learner(dls, model, **{**settings, **kwargs})
+
+
+def new_learner(options: Options) -> Learner:
+    """The learner that the command trains with these options, its weights drawn from the seed."""
+    settings = options.settings()
+    images = in_turns(partial(load_images, settings.data))
+    dls = get_dls(
+        images, settings.bs, options.seed, options.workers, options.valid, get_device(options.device),
+        pad=settings.pad, flip=settings.flip, cutout=settings.cutout,
+    )  # fmt: skip
+    set_seed(options.seed)
+    return get_learner(dls, settings, options.norm, options.precision)

@@ -1,0 +1,101 @@
+"""The run folder: what its files are called, and what can be read from it. Imports nothing that takes long."""
+
+import json
+from pathlib import Path
+
+from errors import InputError
+from files import write_json
+from options import Options
+from recipes import Recipe
+
+SETTINGS = (*Recipe.__annotations__, "recipe", "precision", "norm", "seed", "valid", "sync_bn", "compile")
+SETTINGS += ("deterministic", "fingerprint")
+
+
+def check_out(out: str | None) -> None:
+    """Raise InputError if `out` cannot become a run folder; looked at before the work starts."""
+    if out is None:
+        return
+    path = Path(out)
+    if path.is_dir() and any(path.iterdir()):
+        raise InputError(f"--out {out}: the folder is not empty; name a new or an empty one")
+    if path.exists() and not path.is_dir():
+        raise InputError(f"--out {out}: this is a file; name a new or an empty folder")
+
+
+def new_run_folder(recipe: str, out: str | None = None, parent: str = "runs") -> Path:
+    """Make `out`, or the next free `runs/NNN-recipe`. Raises InputError where that cannot be, or `out` holds files."""
+    check_out(out)
+    try:
+        if out is not None:
+            Path(out).mkdir(parents=True, exist_ok=True)
+            return Path(out)
+        Path(parent).mkdir(exist_ok=True)
+        while True:
+            taken = [int(p.name.split("-")[0]) for p in Path(parent).iterdir() if p.name.split("-")[0].isdigit()]
+            folder = Path(parent) / f"{max(taken, default=0) + 1:03}-{recipe}"
+            try:
+                folder.mkdir()
+                return folder
+            except FileExistsError:  # another run took the number in the meantime
+                continue
+    except OSError as e:
+        raise InputError(f"{e.filename}: the run folder cannot be made here ({e.strerror}); pass --out PATH") from e
+
+
+def open_run(folder: Path | None, options: Options, config: dict) -> Path:
+    """The folder to go on in, or a new one. Raises InputError where it was started with other settings or images."""
+    if folder is None:
+        return new_run_folder(options.recipe, options.out)
+    Run(folder).check_same(config)
+    return folder
+
+
+class Run:
+    """A run's folder."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def __truediv__(self, name: str) -> Path:
+        return self.folder / name
+
+    def __str__(self) -> str:
+        return str(self.folder)
+
+    @property
+    def ended(self) -> bool:
+        """Whether it has a result, which is written last."""
+        return (self / "result.json").exists()
+
+    def config(self) -> dict:
+        """What is in `config.json`."""
+        return json.loads((self / "config.json").read_text())
+
+    def result_if_ended(self) -> dict | None:
+        """What is in `result.json` of a run that has ended, None for any other."""
+        return self.result() if self.ended else None
+
+    def result(self) -> dict:
+        """What is in `result.json`. Raises InputError where there is none, or it is not one of this project."""
+        try:
+            result = json.loads((self / "result.json").read_text())
+            if not {"last_accuracy", "calibration_error", "history", "seed"} <= result.keys():
+                raise KeyError
+        except OSError as e:
+            raise InputError(f"{self}: not the folder of a run that has ended, no result.json ({e.strerror})") from e
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
+            raise InputError(f"{self}/result.json: not that of a run of this version of the project") from e
+        return {"precision": "fp32", **result}  # as it was before one could choose
+
+    def write(self, kind: str, content: dict) -> None:
+        """Write `config` or `result`."""
+        write_json(self / f"{kind}.json", content)
+
+    def check_same(self, config: dict) -> None:
+        """Raise InputError where it was started with other settings or images: it cannot be gone on with."""
+        before = self.config()
+        for name in SETTINGS:
+            if before.get(name, config[name]) != config[name]:  # what an older version did not write is as it was
+                what = "the images are others" if name == "fingerprint" else f"{name} is {config[name]}"
+                raise InputError(f"--resume {self}: {what}, but it was started with {before[name]}; start anew")
