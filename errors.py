@@ -19,6 +19,11 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
+def shortened(name: str, length: int = 14) -> str:
+    """`name`, its end replaced by … where it is longer."""
+    return name if len(name) <= length else f"{name[: length - 1]}…"
+
+
 class InputError(ValueError):
     """Something the user gave cannot be used. The message is one line: the thing at fault, and what to do."""
 

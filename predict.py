@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from errors import InputError, parse, printable, run_command
+from errors import InputError, parse, printable, run_command, shortened
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def best(classes: list[str], probabilities: np.ndarray, n: int | None = None) ->
 
 def print_table(rows: Iterator, classes: list[str], paths: list[Path]) -> None:
     """The most probable classes of each image; in a terminal, long names lose their beginning."""
-    short = {name: printable(name if len(name) <= 14 else f"{name[:13]}…") for name in classes}
+    short = {name: printable(shortened(name)) for name in classes}
     top, cell = min(TOP, len(classes)), max(map(len, short.values())) + 9
     width = max((len(printable(str(path))) for path in paths), default=0)
     if sys.stdout.isatty():

@@ -1,6 +1,5 @@
 """The pictures of runs, drawn with matplotlib's `Figure`: a notebook's own figures and backend stay as they are."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +8,11 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from errors import shortened
 from files import complete
 from recipes import Curve, Recipe
 from reporting.evaluation import Evaluation
-from training.lr_finder import RangeTest, default_method
+from training.lr_finder import RangeTest
 
 # Okabe and Ito's palette, which the colour-blind can tell apart
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#777777"
@@ -20,7 +20,8 @@ MARKS = (ORANGE, "black", GREEN, PURPLE, GREY)
 COLORS = (BLUE, ORANGE, GREEN, PURPLE, GREY, "black", "#56B4E9", "#E69F00")
 
 
-def _save(figure: Figure, path: Path, comment: str | None = None, svg: bool = False) -> None:
+def save_figure(figure: Figure, path: Path, comment: str | None = None, svg: bool = False) -> None:
+    """Write it to `path`, complete or not at all; `comment` goes into the file, `svg` writes that format beside it."""
     with complete(path) as beside:
         figure.savefig(beside, dpi=120, metadata={"Comment": comment} if comment else None)
     if svg:
@@ -28,7 +29,8 @@ def _save(figure: Figure, path: Path, comment: str | None = None, svg: bool = Fa
             figure.savefig(beside, metadata={"Date": None})
 
 
-def _axes(title: str, xlabel: str, ylabel: str, size: tuple[float, float] = (7, 4.2)) -> tuple[Figure, Axes]:
+def new_axes(title: str, xlabel: str, ylabel: str, size: tuple[float, float] = (7, 4.2)) -> tuple[Figure, Axes]:
+    """A figure with one plot."""
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
     axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
@@ -53,12 +55,12 @@ def save_augmentations(dls: DataLoaders, path: Path, columns: int = 8, draws: in
         axes[i, 0].set_ylabel("original" if i == 0 else f"draw {i}")
     for ax, label in zip(axes[0], labels, strict=False):
         ax.set_title(table.classes[label][:14], fontsize=10)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def save_lr_find(test: RangeTest, path: Path, chosen: float | None) -> None:
     """The range test's curve with each suggestion, and the learning rate that training uses, if there is one."""
-    figure, axes = _axes("Learning-rate range test", "learning rate", "training loss")
+    figure, axes = new_axes("Learning-rate range test", "learning rate", "training loss")
     axes.set_xscale("log")
     axes.plot(test.lrs, test.batch_losses, ".", ms=4, color=BLUE, alpha=0.5, label="each batch")
     axes.plot(test.lrs, test.losses, color=BLUE, label="smoothed, as fastai does")
@@ -76,7 +78,7 @@ def save_lr_find(test: RangeTest, path: Path, chosen: float | None) -> None:
         axes.text(0.5, 0.5, "the loss was not finite from the first batch on", ha="center", transform=axes.transAxes)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(loc="lower left", frameon=False, fontsize="small")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def save_history(history: list[dict], folder: Path, what: str, seed_curve: list[float] | None = None) -> None:
@@ -86,7 +88,7 @@ def save_history(history: list[dict], folder: Path, what: str, seed_curve: list[
     """
     epochs = [row["epoch"] for row in history]
     for kind, scale, unit in (("loss", 1, ""), ("accuracy", 100, " in %")):
-        figure, axes = _axes(f"{kind.capitalize()}: {what}", "epoch", kind + unit)
+        figure, axes = new_axes(f"{kind.capitalize()}: {what}", "epoch", kind + unit)
         train, valid = ([scale * row[f"{part}_{kind}"] for row in history] for part in ("train", "valid"))
         axes.plot(epochs, train, "o-", ms=3, color=BLUE, label="training, augmented images")
         axes.plot(epochs, valid, "s-", ms=3, color=ORANGE, label="validation")
@@ -100,7 +102,7 @@ def save_history(history: list[dict], folder: Path, what: str, seed_curve: list[
                 axes.plot(range(1, len(curve) + 1), curve, lw=1, color=GREY, label="recipe seed, for comparison")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend(frameon=False)
-        _save(figure, folder / f"{kind}.png", svg=True)
+        save_figure(figure, folder / f"{kind}.png", svg=True)
 
 
 def save_comparison(groups: dict[str, list[dict]], path: Path, comment: str | None = None) -> None:
@@ -111,7 +113,7 @@ def save_comparison(groups: dict[str, list[dict]], path: Path, comment: str | No
     first = next(iter(groups.values()))[0]
     widths = {run["width"] for runs in groups.values() for run in runs}
     title = first["source"] + (f", width {first['width']}" if len(widths) == 1 else "")
-    figure, axes = _axes(title, "epoch", "validation accuracy in %")
+    figure, axes = new_axes(title, "epoch", "validation accuracy in %")
     for (name, runs), color, marker in zip(groups.items(), COLORS, "os^DvPX*", strict=False):
         curves = np.array([[100 * row["valid_accuracy"] for row in run["history"]] for run in runs])
         x, last = range(1, curves.shape[1] + 1), curves[:, -1]
@@ -121,38 +123,12 @@ def save_comparison(groups: dict[str, list[dict]], path: Path, comment: str | No
         axes.plot(x, mean, f"{marker}-", ms=3, color=color, label=label)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(frameon=False, loc="lower right")
-    _save(figure, path, comment)
-
-
-def save_peaks(sweep: dict, path: Path, comment: str | None = None) -> None:
-    """The accuracy that each peak learning rate reaches, and where the range test's suggestions lie.
-
-    sweep: what `benchmarks/sweeps.py peaks --save FILE` wrote.
-    """
-    arguments = sweep["arguments"]
-    title = f"{arguments['recipe']}, {arguments['data']}, width {arguments['width']}, {arguments['epochs']} epochs"
-    figure, axes = _axes(title, "peak learning rate", "accuracy on the hold-out in %")
-    axes.set_xscale("log")
-    # A run whose loss was not finite has no accuracy.
-    points = [(row["lr"], 100 * (row["last_accuracy"] or np.nan), row["suggested"]) for row in sweep["peaks"]]
-    lrs = sorted({lr for lr, _, suggested in points if not suggested})
-    axes.plot(lrs, [np.mean([v for x, v, suggested in points if x == lr and not suggested]) for lr in lrs], color=BLUE)
-    for suggested, marker, size in ((False, "o", 5), (True, "*", 11)):
-        x, y = zip(*((x, v) for x, v, s in points if s is suggested), strict=True)
-        label = "trained at the default suggestion" if suggested else None
-        axes.plot(x, y, marker, ms=size, color=ORANGE if suggested else BLUE, label=label)
-    default = default_method(sweep["suggestions"])
-    for (name, lr), color in zip(sweep["suggestions"].items(), MARKS, strict=True):
-        if lr is not None:
-            label = f"{name}: {lr:.2g}" + (" (default suggestion)" if name == default else "")
-            axes.axvline(lr, color=color, ls="-" if name == default else "--", label=label)
-    figure.legend(frameon=False, loc="outside lower center", ncols=3, fontsize="small")
-    _save(figure, path, comment)
+    save_figure(figure, path, comment)
 
 
 def save_schedules(recipes: dict[str, Recipe], path: Path, comment: str | None = None, svg: bool = False) -> None:
     """The learning rate of each recipe over its epochs; where the validation loss decides, its start, dashed."""
-    figure, axes = _axes("Learning rate", "epoch", "learning rate")
+    figure, axes = new_axes("Learning rate", "epoch", "learning rate")
     for (name, recipe), color in zip(recipes.items(), COLORS, strict=False):
         position = np.linspace(0, 1, 1000)
         if isinstance(recipe.schedule, Curve):
@@ -161,15 +137,15 @@ def save_schedules(recipes: dict[str, Recipe], path: Path, comment: str | None =
             lr, style, name = np.full(1000, recipe.lr), "--", f"{name}, until the loss stalls"
         axes.plot(position * recipe.epochs, lr, style, color=color, label=name)
     axes.legend(loc="upper right", frameon=False)
-    _save(figure, path, comment, svg)
+    save_figure(figure, path, comment, svg)
 
 
 def save_confusion(evaluation: Evaluation, path: Path) -> None:
     """How many images of each class (a row) are taken for each (a column); the shade is the part of the row."""
-    counts, names = evaluation.confusion(), _short(evaluation.table.classes)
+    counts, names = evaluation.confusion(), [shortened(name) for name in evaluation.table.classes]
     n = len(names)
     side = max(5.5, min(0.55 * n + 1.5, 14))
-    figure, axes = _axes("Confusions", "predicted class", "true class", (side + 0.5, side))
+    figure, axes = new_axes("Confusions", "predicted class", "true class", (side + 0.5, side))
     axes.grid(False)
     shade = counts / counts.sum(1, keepdims=True).clip(min=1)
     axes.imshow(shade, cmap="Blues", vmin=0, vmax=1)
@@ -180,7 +156,7 @@ def save_confusion(evaluation: Evaluation, path: Path) -> None:
             if count:
                 color = "white" if shade[row, column] > 0.5 else "black"
                 axes.text(column, row, count, ha="center", va="center", color=color, fontsize=8)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def save_classes(evaluation: Evaluation, path: Path) -> None:
@@ -190,22 +166,22 @@ def save_classes(evaluation: Evaluation, path: Path) -> None:
     order = np.argsort(accuracies, kind="stable")[:40]
     size = (7, max(2.5, 0.28 * len(order) + 1.2))
     title = f"Accuracy of each class, dashed: of all, {100 * evaluation.right.mean():.2f} %"
-    figure, axes = _axes(title, "accuracy in %", "", size)
-    axes.barh([_short(evaluation.table.classes)[i] for i in order], accuracies[order], color=BLUE)
+    figure, axes = new_axes(title, "accuracy in %", "", size)
+    axes.barh([[shortened(name) for name in evaluation.table.classes][i] for i in order], accuracies[order], color=BLUE)
     for row, i in enumerate(order):
         axes.text(102, row, f"{accuracies[i]:.1f} % of {counts[i].sum()}", va="center", fontsize=8)
     axes.axvline(100 * evaluation.right.mean(), color="black", lw=1, ls="--")
     axes.invert_yaxis()
     axes.set(xlim=(0, 124), xticks=range(0, 101, 20))
     axes.grid(False, axis="y")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def save_reliability(evaluation: Evaluation, path: Path) -> None:
     """How often the network is right where it is how sure of it, and how many images there are of that kind."""
     confidence, accuracy, count = (np.array(part) for part in zip(*evaluation.calibration(), strict=True))
     title = f"Reliability: expected calibration error {100 * evaluation.calibration_error():.1f} %"
-    figure, axes = _axes(title, "confidence: probability of the predicted class", "accuracy", (6, 5))
+    figure, axes = new_axes(title, "confidence: probability of the predicted class", "accuracy", (6, 5))
     axes.plot([0, 1], [0, 1], color=GREY, ls="--", label="as sure as right")
     axes.plot(confidence, accuracy, "o-", color=BLUE, label="this network")
     parts = axes.inset_axes((0, -0.42, 1, 0.22), sharex=axes)
@@ -214,7 +190,7 @@ def save_reliability(evaluation: Evaluation, path: Path) -> None:
     parts.spines[["top", "right"]].set_visible(False)
     axes.set(xlim=(0, 1.02), ylim=(0, 1.02))
     axes.legend(frameon=False, loc="upper left")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def save_examples(evaluation: Evaluation, chosen: np.ndarray, maps: np.ndarray, title: str, path: Path) -> None:
@@ -226,7 +202,7 @@ def save_examples(evaluation: Evaluation, chosen: np.ndarray, maps: np.ndarray, 
     grid = figure.subplots(2 * rows, columns, squeeze=False)
     for axes in grid.flat:
         axes.set_axis_off()
-    names = _short(evaluation.table.classes)
+    names = [shortened(name) for name in evaluation.table.classes]
     for k, (i, heat) in enumerate(zip(chosen, maps, strict=True)):
         top, bottom = grid[2 * (k // columns), k % columns], grid[2 * (k // columns) + 1, k % columns]
         image, is_label, label = evaluation.table[i].image, evaluation.labels[i], evaluation.predicted[i]
@@ -235,8 +211,4 @@ def save_examples(evaluation: Evaluation, chosen: np.ndarray, maps: np.ndarray, 
         top.imshow(image, interpolation="nearest")
         bottom.imshow(image.mean(2), cmap="gray", interpolation="nearest")
         bottom.imshow(heat, cmap="inferno", alpha=0.55, vmin=0, vmax=1)
-    _save(figure, path)
-
-
-def _short(names: Sequence[str]) -> list[str]:
-    return [name if len(name) <= 14 else f"{name[:13]}…" for name in names]
+    save_figure(figure, path)

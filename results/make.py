@@ -16,6 +16,8 @@ from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Annotated
 
+import numpy as np
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
@@ -25,8 +27,9 @@ from speed import PARTS, heading, section
 
 from errors import parse
 from recipes import RECIPES
-from reporting.pictures import save_comparison, save_peaks, save_schedules
+from reporting.pictures import BLUE, MARKS, ORANGE, new_axes, save_comparison, save_figure, save_schedules
 from reporting.tables import markdown_table
+from training.lr_finder import default_method
 
 ROOT = HERE.parent
 DATA = {"cifar10": "CIFAR-10", "cifar10-jpeg": "CIFAR-10 **as JPEG**"}
@@ -103,13 +106,45 @@ def speed_page() -> str:
     return "\n".join(lines) + "\n"
 
 
+def save_peaks(sweep: dict, path: Path, comment: str | None = None) -> None:
+    """The accuracy that each peak learning rate reaches, and where the range test's suggestions lie.
+
+    sweep: one of the files in peaks.
+    """
+    arguments = sweep["arguments"]
+    title = f"{arguments['recipe']}, {arguments['data']}, width {arguments['width']}, {arguments['epochs']} epochs"
+    figure, axes = new_axes(title, "peak learning rate", "accuracy on the hold-out in %")
+    axes.set_xscale("log")
+    # A run whose loss was not finite has no accuracy.
+    points = [(row["lr"], 100 * (row["last_accuracy"] or np.nan), row["suggested"]) for row in sweep["peaks"]]
+    lrs = sorted({lr for lr, _, suggested in points if not suggested})
+    axes.plot(lrs, [np.mean([v for x, v, suggested in points if x == lr and not suggested]) for lr in lrs], color=BLUE)
+    for suggested, marker, size in ((False, "o", 5), (True, "*", 11)):
+        x, y = zip(*((x, v) for x, v, s in points if s is suggested), strict=True)
+        label = "trained at the default suggestion" if suggested else None
+        axes.plot(x, y, marker, ms=size, color=ORANGE if suggested else BLUE, label=label)
+    default = default_method(sweep["suggestions"])
+    for (name, lr), color in zip(sweep["suggestions"].items(), MARKS, strict=True):
+        if lr is not None:
+            label = f"{name}: {lr:.2g}" + (" (default suggestion)" if name == default else "")
+            axes.axvline(lr, color=color, ls="-" if name == default else "--", label=label)
+    figure.legend(frameon=False, loc="outside lower center", ncols=3, fontsize="small")
+    save_figure(figure, path, comment)
+
+
 def made_texts() -> dict[Path, str]:
     """What the files that are made, in whole or in part, should say."""
     loading = f"```text\n{section('loaders', speeds()['2-cores']['loaders'])}\n```"
     models = f"```text\n{section('models', speeds()['2-cores-models']['models'])}\n```"
+    precision = f"```text\n{section('precision', speeds()['2-cores-precision']['precision'])}\n```"
     scaled = json.loads((HERE / "scaling.json").read_text())
     parts = {
-        ROOT / "README.md": {"accuracy": accuracy_table(), "loading": loading, "models": models},
+        ROOT / "README.md": {
+            "accuracy": accuracy_table(),
+            "loading": loading,
+            "precision": precision,
+            "models": models,
+        },
         HERE / "README.md": {"ablation": ablation_tables()},
         ROOT / "docs" / "scaling.md": {f"{size} pixels": scaling.table(scaled, size) for size in scaling.SIZES},
     }

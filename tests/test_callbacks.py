@@ -85,6 +85,14 @@ def test_no_batch_waits_for_the_device(tmp_path, monkeypatch):
     assert reads_of(16, usual) > 89, "as the counting finds with fastai's own"
 
 
+def test_the_bar_waits_for_no_batch_after_no_bar_either(tmp_path):
+    learn = make_learner(tmp_path)
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(1, 0.01)
+    learn.fit(1, 0.01)
+    assert type(learn.progress).__name__ == "LazyProgress"
+
+
 def test_callbacks_of_the_caller_come_on_top(tmp_path):
     learn = make_learner(tmp_path, cbs=SaveModelCallback(monitor="accuracy"))
     names = [type(cb).__name__ for cb in learn.cbs]

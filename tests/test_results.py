@@ -27,10 +27,10 @@ def place(tmp_path, monkeypatch):
     monkeypatch.setattr(make, "HERE", tmp_path / "results")
     monkeypatch.setattr(figures, "HERE", tmp_path / "results")
     (tmp_path / "results/runs").mkdir(parents=True)
-    for name in ("results/speed/2-cores.json", "results/speed/2-cores-models.json", "results/scaling.json"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text((ROOT / name).read_text())
-    made = {"README.md": ("accuracy", "loading", "models"), "results/README.md": ("ablation",)}
+    for name in ("speed/2-cores.json", "speed/2-cores-precision.json", "speed/2-cores-models.json", "scaling.json"):
+        (tmp_path / "results" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "results" / name).write_text((ROOT / "results" / name).read_text())
+    made = {"README.md": ("accuracy", "loading", "precision", "models"), "results/README.md": ("ablation",)}
     made["docs/scaling.md"] = ("32 pixels", "224 pixels")
     for path, names in made.items():
         (tmp_path / path).parent.mkdir(exist_ok=True)
@@ -62,7 +62,7 @@ def test_runs_become_lines_and_a_picture(place, tmp_path):
     make.main([seed, place(), place(seed=1, last_accuracy=0.92), place(width=16, last_accuracy=0.3)])
     readme = (tmp_path / "README.md").read_text()
     assert "old" not in readme
-    assert readme.count("by hand") == 3
+    assert readme.count("by hand") == 5
     rows = [
         [cell.strip() for cell in line.split("|")[2:-1]] for line in readme.splitlines() if " epochs | width" in line
     ]

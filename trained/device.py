@@ -13,16 +13,18 @@ def get_device(name: str) -> torch.device:
     Each of several processes on a machine has a GPU of its own, or all train on the CPU.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        there, mine = torch.cuda.device_count(), int(os.environ["LOCAL_RANK"])
+        gpus, local_rank = torch.cuda.device_count(), int(os.environ["LOCAL_RANK"])
         if name == "auto":
-            name = "cuda" if there else "cpu"
+            name = "cuda" if gpus else "cpu"
         if name not in ("cpu", "cuda"):
             raise InputError(f"--device {name}: several processes take auto, cpu, or cuda, which is a GPU for each")
-        if name == "cuda" and mine >= there:
-            raise InputError(f"--device cuda: process {mine + 1} of this machine has no GPU, as there are {there}; "
-                             "start as many processes as there are GPUs, or pass --device cpu")  # fmt: skip
+        if name == "cuda" and local_rank >= gpus:
+            lacking = f"process {local_rank + 1} of this machine has no GPU, as there are {gpus}"
+            raise InputError(
+                f"--device cuda: {lacking}; start as many processes as there are GPUs, or pass --device cpu"
+            )
         if name == "cuda":
-            torch.cuda.set_device(mine)
+            torch.cuda.set_device(local_rank)
 
     if name == "auto":  # as fastai's `default_device`, whose import takes longer than torch's
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -30,9 +32,9 @@ def get_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError):  # an unknown name, and a known one that this torch or machine lacks
-        there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-        there += ["mps"] if torch.backends.mps.is_available() else []
-        raise InputError(f"--device {name}: no such device here; this machine has {', '.join(there)}") from None
+        names = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        names += ["mps"] if torch.backends.mps.is_available() else []
+        raise InputError(f"--device {name}: no such device here; this machine has {', '.join(names)}") from None
     return torch.device("cuda", torch.cuda.current_device()) if name == "cuda" else device
 
 

@@ -42,6 +42,8 @@ class LazyRecorder(Recorder):
     def before_fit(self):
         super().before_fit()
         self.fetched = 0
+        if type(getattr(self.learn, "progress", None)) is ProgressCallback:
+            self.learn.progress.__class__ = LazyProgress  # fastai's `no_bar` puts its own bar back
 
     def after_train(self):
         super().after_train()

@@ -19,7 +19,7 @@ from torch import nn
 
 from errors import InputError
 from files import complete
-from training.distributed import Vote
+from training.distributed import highest
 
 NAME, BEFORE = "checkpoint.pth", "checkpoint-before.pth"
 FORMAT = 2  # changes with what is in the file
@@ -41,12 +41,12 @@ class Checkpoint(Callback):
     order = 90  # behind everything that is kept
 
     def __init__(self, state: dict | None = None, max_minutes: float | None = None):
-        self.state, self.asked, self.vote, self.code, self.stopped = state, 0, Vote(), 0, None
+        self.state, self.requested, self.code, self.stopped = state, 0, 0, None
         self.deadline = None if max_minutes is None else perf_counter() + 60 * max_minutes
 
-    def ask_to_stop(self, asked: int) -> None:
-        """`asked` is one of `STOPS`."""
-        self.asked = asked
+    def ask_to_stop(self, code: int) -> None:
+        """Stop after this batch; `code` is one of `STOPS`."""
+        self.requested = code
 
     def __str__(self) -> str:
         if self.state is None:
@@ -73,24 +73,24 @@ class Checkpoint(Callback):
         self.dls.train.begin_at(*self.state["loader"])
 
     def before_train(self):
-        self.begun = self.batch = self.state["batch"] if self.state and self.epoch == self.first_epoch else 0
-        if self.begun:
+        self.skipped = self.batch = self.state["batch"] if self.state and self.epoch == self.first_epoch else 0
+        if self.skipped:
             self.learn.pct_train = self.state["pct_train"]
         if self.state and self.epoch == self.first_epoch:
             self.learn.train_iter = self.epoch * len(self.dls.train) + self.batch  # what a log counts
 
     def after_batch(self):
         if self.training:
-            self.batch = self.begun + self.iter + 1
-        if not self.asked and self.deadline is not None and perf_counter() > self.deadline:
-            self.asked = 1
+            self.batch = self.skipped + self.iter + 1
+        if not self.requested and self.deadline is not None and perf_counter() > self.deadline:
+            self.requested = 1
         if not self.training and num_distrib() > 1:
             return  # each has as many batches to test on as it happens to have
-        asked = self.vote(self.asked)
-        if asked and not torch.isfinite(self.loss):
+        code = highest(self.requested)
+        if code and not torch.isfinite(self.loss):
             raise CancelFitException  # nothing to go on from
-        if asked:
-            why, self.code = STOPS[asked]
+        if code:
+            why, self.code = STOPS[code]
             self.stopped = f"{why} in epoch {self.epoch + 1}, after {self.batch} of {len(self.dls.train)} batches"
             self._save(self.epoch, self.batch)
             raise CancelFitException
@@ -98,9 +98,6 @@ class Checkpoint(Callback):
     def after_epoch(self):
         if self.epoch >= self.first_epoch:
             self._save(self.epoch + 1, 0)
-
-    def after_fit(self):
-        self.vote.result()  # the last vote arrives before the processes part
 
     def _kept_callbacks(self) -> list[Callback]:
         # Looked up in the class: what a callback lacks, fastai looks up in its learner.
@@ -207,12 +204,12 @@ def signals(ask: Callable[[int], None]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # only there Python delivers signals
         yield
         return
-    asked = []
+    heard = []
 
     def handle(number, frame):
-        if asked and number == signal.SIGINT:
+        if heard and number == signal.SIGINT:
             raise KeyboardInterrupt
-        asked.append(number)
+        heard.append(number)
         ask(128 + number)
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}

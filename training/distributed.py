@@ -71,10 +71,10 @@ def in_turns(func: Callable) -> Any:
     """
     if num_distrib() <= 1:
         return func()
-    mine = 0 if rank_distrib() == 0 else 1 if int(os.environ["LOCAL_RANK"]) == 0 else 2
+    own_turn = 0 if rank_distrib() == 0 else 1 if int(os.environ["LOCAL_RANK"]) == 0 else 2
     error = None
     for turn in range(3):
-        if turn == mine:
+        if turn == own_turn:
             try:
                 result = func()
             except InputError as e:
@@ -103,30 +103,13 @@ def total(t: Tensor) -> Tensor:
     return t
 
 
-class Vote:
-    """The highest number that any process has named, known to all at once: when they call for the next time.
-
-    Nobody waits for it: the numbers travel while the next batch is under way.
-    """
-
-    def __init__(self):
-        self.under_way = None
-
-    def __call__(self, number: int) -> int:
-        if num_distrib() <= 1:
-            return number
-        highest = self.result()
-        ballot = torch.tensor(number)
-        self.under_way = ballot, dist.all_reduce(ballot, dist.ReduceOp.MAX, async_op=True)
-        return highest
-
-    def result(self) -> int:
-        """What all know by now, 0 before the first call."""
-        if self.under_way is None:
-            return 0
-        (ballot, work), self.under_way = self.under_way, None
-        work.wait()
-        return int(ballot)
+def highest(number: int) -> int:
+    """The highest number that any process names; each waits for all."""
+    if num_distrib() <= 1:
+        return number
+    named = torch.tensor(number)
+    dist.all_reduce(named, dist.ReduceOp.MAX)
+    return int(named)
 
 
 @contextmanager

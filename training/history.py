@@ -64,7 +64,7 @@ class RunLog(TrackerCallback):
     def __init__(self):
         super().__init__(monitor="accuracy", comp=np.greater)
         self.history, self.best_epoch = [], None
-        self.sums, self.begun, self.failure = [], (0.0, []), None
+        self.sums, self.unfinished, self.failure = [], (0.0, []), None
 
     def after_fit(self):
         super().after_fit()
@@ -94,11 +94,11 @@ class RunLog(TrackerCallback):
         if "begun" in state:
             seconds, sums = state["begun"]
             # Rank 0 goes on with what all have done; the number of processes may be another one now.
-            self.begun = seconds, list((sums if rank_distrib() == 0 else 0 * sums).to(self.dls.device))
+            self.unfinished = seconds, list((sums if rank_distrib() == 0 else 0 * sums).to(self.dls.device))
 
     def before_train(self):
-        seconds, self.sums = self.begun
-        self.started, self.begun = perf_counter() - seconds, (0.0, [])
+        seconds, self.sums = self.unfinished
+        self.started, self.unfinished = perf_counter() - seconds, (0.0, [])
 
     def after_batch(self):
         if self.training:

@@ -68,16 +68,16 @@ class MixedPrecision(fp16.MixedPrecision):
     def before_fit(self):
         device = self.dls.device
         for other in [cb for cb in self.learn.cbs if isinstance(cb, fp16.MixedPrecision) and cb is not self]:
-            asked = getattr(other, "precision", None) or other.amp_mode.value
+            wanted = getattr(other, "precision", None) or other.amp_mode.value
             self.kwargs |= other.kwargs
             other.run = False  # also of this event, which is on its way to it
             self.learn.remove_cb(other)
             self.learn.mixed_precision = self
-            if asked != self.precision:
-                why = obstacle(asked, device)
-                warnings.warn(f"{why}: still in {self.precision}" if why else f"now in {asked}, not {self.precision}",
+            if wanted != self.precision:
+                why = obstacle(wanted, device)
+                warnings.warn(f"{why}: still in {self.precision}" if why else f"now in {wanted}, not {self.precision}",
                               stacklevel=2)  # fmt: skip
-                self.precision = self.precision if why else asked
+                self.precision = self.precision if why else wanted
         self.contexts.close()  # of a fit that was interrupted in a batch
         settings = {**self.kwargs, "enabled": self.precision == "fp16"}  # the others have the range of fp32
         self.learn.scaler, self.scales = GradScaler(device.type, **settings), L()
