@@ -2,10 +2,13 @@
 
 import io
 import os
+import random
 import signal
+import warnings
 import weakref
-from collections.abc import Iterator
-from itertools import cycle, islice
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import cycle, islice, starmap
 from pathlib import Path
 
 import fastai.vision.data  # noqa: F401  tells show_batch how to draw images
@@ -16,9 +19,10 @@ from fastai.data.core import DataLoaders, TfmdDL
 from fastai.data.transforms import AttrGetter, IntToFloatTensor, Normalize, ToTensor
 from fastai.torch_core import TensorCategory, TensorImage, default_device, to_detach, to_device
 from fastai.vision.core import PILImage
+from fastcore.basics import noop
+from fasttransform import Transform
 from PIL import Image
-from torch.utils.data import get_worker_info
-from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
+from torch.utils.data import DataLoader, Dataset
 
 from aug import KeyedAugment, train_transforms
 from errors import InputError
@@ -28,6 +32,11 @@ from images.table import ImageTable
 
 VALID = ("test", "holdout")
 HOLDOUT = 0.1  # of each class of the training set
+AHEAD = 2  # batches that a worker process has ready or under way
+COPIES = []  # of other processes' workers, which a fork has made: torch would stop them with the copy
+warnings.filterwarnings(
+    "ignore", "This DataLoader will create .* worker processes"
+)  # more than cores: it was asked for
 
 
 def rgb_image(o: str | Path | bytes | np.ndarray | Image.Image) -> PILImage:
@@ -39,123 +48,156 @@ def rgb_image(o: str | Path | bytes | np.ndarray | Image.Image) -> PILImage:
     return PILImage.create(to_rgb(o if isinstance(o, Image.Image) else PILImage.create(o)))
 
 
-class _Workers(_MultiProcessingDataLoaderIter):
-    """Worker processes that only their owner stops: a forked process has a copy of this too, and drops it some time."""
+class Augment(Transform):
+    """Augmentation of training images as fastai's item transform; `KeyedDL` has its `pipeline` take whole batches.
 
-    def __init__(self, loader):
-        self.owner = os.getpid()
-        super().__init__(loader)
+    pipeline: uint8 (n, 32, 32, 3), an epoch and n positions in it → the same shape. key: (epoch, position) of an item.
+    """
 
-    def _shutdown_workers(self):
-        if os.getpid() == self.owner:
-            super()._shutdown_workers()
+    split_idx = 0
+
+    def __init__(self, pipeline: Callable[[np.ndarray, int, Sequence[int]], np.ndarray]):
+        self.pipeline, self.key = pipeline, (0, 0)
+
+    def encodes(self, image: PILImage):
+        epoch, position = self.key
+        return PILImage.create(self.pipeline(np.asarray(image)[None], epoch, [position])[0])
+
+
+class Batches(Dataset):
+    """A loader's batches by key: an epoch, the positions in it, and the rows of the `ImageTable` that stand there.
+
+    Worker processes leave pixels in shared memory, in the buffer that goes with the key. To make and map some for every
+    batch, as torch does, costs more than to fill it.
+    """
+
+    def __init__(self, loader: "KeyedDL", buffers: int = 0):
+        self.dataset, self.seed, self.transforms = loader.dataset, loader.seed or 0, list(loader.after_item.fs)
+        self.augments = [t for t in self.transforms if isinstance(t, Augment) and t.split_idx == self.dataset.split_idx]
+        self.by_item = None
+        if not all(isinstance(t, Augment | ToTensor) for t in self.transforms):
+            with _generators_kept():  # a new loader draws a seed
+                self.by_item = TfmdDL.new(loader, cls=TfmdDL, num_workers=0)
+            self.by_item.before_iter()  # tells the transforms whether these images are to train on
+        if buffers:
+            self.buffers = torch.empty((buffers, loader.bs, SIZE, SIZE, 3), dtype=torch.uint8).share_memory_()
+
+    def __getitem__(self, key: tuple) -> tuple:
+        buffer, key = key
+        batch = x, *labels = self.build(*key)
+        if self.by_item is not None:
+            return batch
+        self.buffers[buffer, : len(x)] = x.permute(0, 2, 3, 1)
+        return buffer, len(x), *(y.numpy() for y in labels)
+
+    def build(self, epoch: int, positions: range, rows: np.ndarray) -> tuple:
+        """uint8 (n, 3, 32, 32) and n labels, as fastai's tensors; what transforms of the user's own make of them."""
+        if self.by_item is not None:
+            with _generators_kept():
+                items = [self._item(epoch, *place) for place in zip(positions, rows.tolist(), strict=True)]
+            return self.by_item.do_batch([item for item in items if item is not None])  # a transform may skip one
+        images, *labels = self.dataset.items.batch(rows)[: len(self.dataset.tls)]  # a test set has no labels
+        for augment in self.augments:
+            images = augment.pipeline(images, epoch, positions)
+        return _typed(torch.from_numpy(images), *labels)
+
+    def _item(self, epoch: int, position: int, row: int) -> tuple | None:
+        for augment in self.augments:
+            augment.key = epoch, position
+        random.seed(f"{self.seed} {epoch} {position}")  # what other transforms draw is keyed, too
+        np.random.seed(random.getrandbits(32))
+        torch.default_generator.manual_seed(random.getrandbits(32))
+        return self.by_item.do_item(row)
 
 
 class KeyedDL(TfmdDL):
     """A `TfmdDL` that builds a whole uint8 batch of an `ImageTable` in one go; floats are made on the device.
 
     With a `seed`, order and augmentation depend on (seed, epoch, position) alone. `epoch` counts how often the loader
-    has been iterated; set it to repeat an epoch. With `keep_workers`, which needs a seed and a table, the worker
-    processes live as long as the loader: what is changed in it after the first epoch does not reach them. Items from
-    elsewhere (`test_dl`, `predict`) take fastai's usual way through the item transforms, which the table's images,
-    decoded to size beforehand, do not need.
+    has been iterated; set it to repeat an epoch. An item transform of the user's own has it go item by item, as fastai
+    does, under the same keys. Items from elsewhere (`test_dl`, `predict`) take fastai's usual way.
     """
 
-    def __init__(
-        self,
-        dataset,
-        *args,
-        seed: int | None = None,
-        augment: "KeyedAugment | None" = None,
-        keep_workers: bool = False,
-        **kwargs,
-    ):
-        self.seed, self.augment, self.keep_workers, self._workers = seed, augment, keep_workers, None
-        self._rooms = None
-        # The epoch; the epoch and batch to begin at; which share of the batches is this process's, of how many. Workers
-        # that are kept read them here.
-        self._place = torch.tensor([-1, -1, 0, 0, 1]).share_memory_()
-        super().__init__(dataset, *args, persistent_workers=keep_workers, **kwargs)
-        # torch draws a seed for its workers whenever it starts some: not from the generator that training draws from.
-        self.fake_l.generator = torch.Generator()
-
-    @property
-    def epoch(self) -> int:
-        return int(self._place[0])
-
-    @epoch.setter
-    def epoch(self, epoch: int):
-        self._place[0] = epoch
+    def __init__(self, dataset, *args, seed: int | None = None, **kwargs):
+        self.seed, self.epoch = seed, -1
+        self.first, self.share, self._workers = (-1, 0), (0, 1), None
+        super().__init__(dataset, *args, **kwargs)
 
     def begin_at(self, epoch: int, batch: int):
         """Iterate over `epoch` next, and leave out what comes before `batch`."""
-        self._place[:3] = torch.tensor([epoch - 1, epoch, batch])
+        self.epoch, self.first = epoch - 1, (epoch, batch)
 
     def deal(self, rank: int, size: int):
         """Take share `rank` of every batch, of `size` shares; the others are for other processes.
 
         No image is in two shares or in none; where a batch has fewer images than there are shares, some go without.
         """
-        self._place[3:] = torch.tensor([rank, size])
+        self.share = rank, size
 
     def __getstate__(self):
         return {**self.__dict__, "_workers": None}
 
     def new(self, dataset=None, cls=None, **kwargs):
-        if dataset is None:  # the same images with other settings; another data set is not augmented
-            kwargs = {"seed": self.seed, "augment": self.augment, **kwargs}
+        if dataset is None:
+            kwargs = {"seed": self.seed, **kwargs}
+        else:  # neither augmented nor, in a file, in need of what augments
+            kwargs = {"after_item": [t for t in self.after_item.fs if not isinstance(t, Augment)], **kwargs}
         return super().new(dataset, cls, **kwargs)
-
-    def wif(self):
-        """fastai's hook, called in every worker as it starts: a stop is for the process that trains to hear."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)
 
     def before_iter(self):
         super().before_iter()
         self.epoch += 1
 
     def __iter__(self):
-        if not (self.keep_workers and self.fake_l.num_workers):
+        if not isinstance(self.dataset.items, ImageTable):
             yield from super().__iter__()
             return
-        # What fastai's loader does, but for starting new workers every time
+        self.randomize()
         self.before_iter()
-        if self._workers is None:
-            # Shared memory for the batches that a worker has ready or under way, and for the one that is being taken.
-            # To make and map some for every batch, as torch does, costs more than to fill it.
-            rooms = (self.fake_l.num_workers, self.fake_l.prefetch_factor + 1)
-            self._rooms = torch.empty((*rooms, self.bs, SIZE, SIZE, 3), dtype=torch.uint8).share_memory_()
-            self.fake_l.pin_memory = False  # torch would pin what the workers send; it is pinned below
-            self._workers = _Workers(self.fake_l)
-            # They stop when the loader goes. Garbage collection alone would close their queues first and then wait five
-            # seconds for each; a finalizer has them whole, if they do not hold the loader in turn.
-            self._workers._dataset = self._workers._collate_fn = None
-            weakref.finalize(self, self._workers._shutdown_workers)
-        else:
-            self._workers._reset(self.fake_l)
-        for room, n, *labels in self._workers:
-            batch = _typed(self._rooms[room][:n], *labels)
-            batch = tuple(t.pin_memory() if self.pin_memory else t.clone() for t in batch)  # the room is filled again
+        for batch in self._from_workers() if self.fake_l.num_workers else starmap(Batches(self).build, self._keys()):
+            if self.pin_memory:
+                batch = tuple(t.pin_memory() for t in batch)
             yield self.after_batch(to_device(batch, self.device, non_blocking=self.pin_memory))
         self.after_iter()
 
-    def sample(self):
-        if not isinstance(self.dataset.items, ImageTable):
-            return super().sample()
-        # A kept worker finds the order of the epoch for itself, as it is keyed; another one is fastai's, drawn before.
-        indices = self._DataLoader__idxs if self.seed is None else self.get_idxs()
-        return (indices[position] for batch in self._batches() for position in batch)
+    def _from_workers(self) -> Iterator[tuple]:
+        workers = self._workers
+        if workers is None or workers.dataset.transforms != list(self.after_item.fs):
+            self._workers = workers = None  # the old ones stop before the new ones start
+            workers = self._start_workers()
+            if self.fake_l.persistent_workers:
+                self._workers = workers
+        batches = workers.dataset
+        workers.sampler[:] = zip(cycle(range(len(batches.buffers))), self._keys())
+        for batch in workers:
+            if batches.by_item is None:
+                buffer, n, *labels = batch
+                x = batches.buffers[buffer, :n]  # until the next batch is taken; to pin it is to copy it
+                batch = _typed(x if self.pin_memory else x.clone(), *labels)
+            yield batch
 
-    def _batches(self) -> Iterator[range]:
-        """Where the images of this worker's batches stand in the epoch: fastai deals them to the workers in turn."""
-        epoch, begun, batch, rank, size = self._place.tolist()
-        first = batch if epoch == begun else 0
-        for start in range((first + self.offs) * self.bs, self.n, self.num_workers * self.bs):
+    def _start_workers(self) -> DataLoader:
+        """Worker processes for as long as what is returned; its `sampler` is a list, for an epoch's keys."""
+        n = self.fake_l.num_workers
+        options = {"num_workers": n, "prefetch_factor": AHEAD, "persistent_workers": True, "timeout": self.timeout}
+        options |= {"collate_fn": noop, "worker_init_fn": _ignore_stops}
+        options["generator"] = torch.Generator()  # their seeds are not from the generator that training draws from
+        batches = Batches(self, buffers=AHEAD * n + 1)  # one is being taken
+        workers = DataLoader(batches, batch_size=None, sampler=[], **options)
+        # Garbage collection alone would close their queues first and then wait five seconds for each; a finalizer has
+        # them whole, as nothing that it holds leads to this loader.
+        weakref.finalize(workers, _stop_workers, iter(workers), os.getpid())
+        return workers
+
+    def _keys(self) -> Iterator[tuple[int, range, np.ndarray]]:
+        """The epoch, the positions in it and the rows of every batch, or of this process's share of it."""
+        epoch, (first_epoch, first), (rank, size) = self.epoch, self.first, self.share
+        order = np.fromiter(islice(self.get_idxs(), self.n), int)  # `show_batch(unique=True)` has them never end
+        for start in range(first * self.bs if epoch == first_epoch else 0, self.n, self.bs):
             n = min(self.bs, self.n - start)
             share = range(start + n * rank // size, start + n * (rank + 1) // size)
             if share and not (self.drop_last and n < self.bs):
-                yield share
+                yield epoch, share, order[share.start : share.stop]
 
     def get_idxs(self):
         if self.seed is None:
@@ -175,29 +217,35 @@ class KeyedDL(TfmdDL):
 
         return super().show_results(*args, **kwargs)
 
-    def create_batches(self, samps) -> Iterator[tuple]:
-        table = self.dataset.items
-        if not isinstance(table, ImageTable):
-            yield from super().create_batches(samps)
-            return
-        rooms = cycle(range(self._rooms.shape[1])) if self.keep_workers and get_worker_info() else None
-        for positions in self._batches():
-            indices = list(islice(samps, len(positions)))
-            images, *labels = table.batch(indices)[: len(self.dataset.tls)]  # a test set has no labels
-            if self.augment is not None:
-                images = self.augment(images, self.epoch, positions)
-            x = torch.from_numpy(images)
-            if rooms:
-                room = self.offs, next(rooms)
-                self._rooms[room][: len(x)] = x
-                yield room, len(x), *labels
-            else:
-                yield _typed(x, *labels)
-
 
 def _typed(x: torch.Tensor, *labels: np.ndarray) -> tuple:
     """fastai's tensors for uint8 (n, H, W, C) and n labels: the first is a view, (n, C, H, W)."""
     return TensorImage(x.permute(0, 3, 1, 2)), *(TensorCategory(torch.from_numpy(y)) for y in labels)
+
+
+def _ignore_stops(worker: int):
+    """A stop is for the process that trains to hear."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _stop_workers(running: Iterator, owner: int):
+    """End the processes of torch's iterator, where it is not a copy."""
+    if os.getpid() == owner:
+        running._shutdown_workers()
+    else:
+        COPIES.append(running)
+
+
+@contextmanager
+def _generators_kept() -> Iterator[None]:
+    """On leaving, the random generators of Python, numpy and the CPU are as they were on entering."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        for restore, state in zip((random.setstate, np.random.set_state, torch.set_rng_state), states, strict=True):
+            restore(state)
 
 
 def get_dls(
@@ -241,13 +289,14 @@ def get_dls(
         get_x=AttrGetter("image"),
         get_y=AttrGetter("label"),
         splitter=lambda _: (train, held_out),
+        item_tfms=Augment(KeyedAugment(train_transforms(**augmentation), seed)),
         batch_tfms=Normalize.from_stats(mean, std, cuda=False),
         dl_type=KeyedDL,
     )
-    train_kwargs = {"seed": seed, "augment": KeyedAugment(train_transforms(**augmentation), seed), "keep_workers": True}
+    train_kwargs = {"num_workers": workers, "seed": seed, "persistent_workers": True}
     valid_kwargs = {"num_workers": 0}  # a validation batch is a copy out of the table, cheaper than passing it on
     pin = device.type == "cuda"
-    dl_kwargs = [{"num_workers": workers, **train_kwargs}, valid_kwargs]
+    dl_kwargs = [train_kwargs, valid_kwargs]
     return block.dataloaders(table, bs=bs, device=device, pin_memory=pin, dl_kwargs=dl_kwargs)
 
 

@@ -41,10 +41,10 @@ def new_axes(title: str, xlabel: str, ylabel: str, size: tuple[float, float] = (
 
 def save_augmentations(dls: DataLoaders, path: Path, columns: int = 8, draws: int = 4) -> None:
     """A column an image: the original on top, what `draws` epochs make of it below, under the name of its class."""
-    table, dl = dls.train_ds.items, dls.train
+    table, augment = dls.train_ds.items, dls.train.after_item.augment.pipeline
     rows = np.random.default_rng(0).permutation(len(table))[:columns].tolist()
     originals, labels = table.batch(rows)
-    grid = [originals] + [dl.augment(originals, epoch, range(columns)) for epoch in range(draws)]
+    grid = [originals] + [augment(originals, epoch, range(columns)) for epoch in range(draws)]
     figure = Figure(figsize=(1.2 * columns, 1.2 * (draws + 1) + 0.5), layout="constrained")
     axes = figure.subplots(draws + 1, columns, squeeze=False)
     for i, images in enumerate(grid):

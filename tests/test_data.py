@@ -1,5 +1,7 @@
 import io
+import multiprocessing
 import pickle
+import random
 import tarfile
 import time
 import urllib.request
@@ -9,9 +11,12 @@ import pytest
 import torch
 from conftest import CIFAR_CLASSES, tar, zipped
 from fastai.data.external import fastai_cfg
+from fastai.torch_core import TensorImage
+from fastai.vision.core import PILImage
+from fasttransform import Pipeline, Transform
 from PIL import Image
 
-from data import get_dls, rgb_image
+from data import Augment, get_dls, rgb_image
 from errors import InputError
 from images.cifar10 import CIFAR10_STATS
 from images.sources import load_images
@@ -212,6 +217,101 @@ def test_show_batch_shows_true_colours_and_class_names(image_folder):
         expected = {"red": (250, 10, 20), "green": (10, 240, 30)}[ax.get_title()]
         assert np.abs(np.asarray(ax.images[0].get_array()).reshape(-1, 3) - expected).max() <= 1
     plt.close("all")
+
+
+def test_show_batch_of_one_image_shows_what_augmentation_makes_of_it():
+    dls = get_dls("digits", bs=16, device="cpu", workers=2)
+    x, y, _ = dls.show_batch(unique=True, show=False)
+    assert len(set(y.tolist())) == 1
+    assert len({image.numpy().tobytes() for image in x}) == 16
+
+
+# Item transforms of the user's own
+
+
+class Nothing(Transform):
+    """Changes no pixel."""
+
+    def encodes(self, image: PILImage):
+        return image
+
+
+class Darken(Transform):
+    """By an amount that every generator has a part in."""
+
+    split_idx = 0
+
+    def encodes(self, image: PILImage):
+        amount = 1 + random.randrange(20) + np.random.randint(20) + torch.randint(20, (1,)).item()
+        return PILImage.create(np.asarray(image) // 2 + np.uint8(amount))
+
+
+def uint8_epochs(transform=None, workers=0, share=(0, 1), n=2):
+    """The pixels and labels of the first `n` epochs."""
+    train = get_dls("digits", bs=256, seed=3, workers=workers, device="cpu").train
+    if transform is not None:
+        train.after_item.add(transform)
+    train.after_batch = Pipeline([])
+    train.deal(*share)
+    x, y = zip(*(batch for _ in range(n) for batch in train), strict=True)
+    assert {(type(batch), batch.dtype) for batch in x} == {(TensorImage, torch.uint8)}
+    return torch.cat(x).as_subclass(torch.Tensor), torch.cat(y).as_subclass(torch.Tensor)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_item_transform_without_effect_changes_no_pixel(workers):
+    for expected, found in zip(uint8_epochs(), uint8_epochs(Nothing(), workers), strict=True):
+        assert torch.equal(expected, found)
+
+
+def test_an_item_transform_is_applied_and_draws_by_the_same_keys():
+    expected, labels = uint8_epochs(Darken())
+    torch.manual_seed(1)
+    found, found_labels = uint8_epochs(Darken(), workers=2)
+    assert torch.equal(expected, found)
+    assert torch.equal(labels, found_labels)
+    amounts = (expected.short() - uint8_epochs()[0] // 2).flatten(1)
+    assert (amounts == amounts[:, :1]).all()
+    assert len(amounts[:, 0].unique()) > 40
+    first, second = amounts[:, 0].chunk(2)
+    assert not torch.equal(first, second)
+
+
+def test_an_item_transform_leaves_the_generators_that_training_draws_from():
+    train = get_dls("digits", bs=256, workers=0, device="cpu").train
+    train.after_item.add(Darken())
+    draws = []
+    for _ in range(2):
+        random.seed(0), np.random.seed(0), torch.manual_seed(0)
+        draws.append((random.random(), np.random.rand(), torch.rand(1).item()))
+        random.seed(0), np.random.seed(0), torch.manual_seed(0)
+        next(iter(train))
+        draws.append((random.random(), np.random.rand(), torch.rand(1).item()))
+    assert len(set(draws)) == 1
+
+
+def test_an_item_transform_that_comes_late_reaches_the_workers():
+    before = set(multiprocessing.active_children())
+    dls = get_dls("digits", bs=256, workers=2, device="cpu", pad=0, flip=0, cutout=0)
+    dls.train.after_batch = Pipeline([])
+    bright = max(int(x.max()) for x, _ in dls.train)
+    dls.train.after_item.add(Darken())
+    assert (bright, max(int(x.max()) for x, _ in dls.train) <= 187) == (255, True)
+    assert len(set(multiprocessing.active_children()) - before) == 2
+
+
+def test_the_augmentation_is_an_item_transform_of_training_images():
+    dls = get_dls("digits", bs=16, workers=0, device="cpu")
+    assert isinstance(dls.train.after_item.fs[0], Augment)
+    dls.valid.after_batch = Pipeline([])
+    plain = next(iter(dls.valid))[0]
+    assert torch.equal(plain, next(iter(dls.valid))[0])
+    with dls.valid_ds.set_split_idx(0):  # as fastai's `tta` does
+        draws = [next(iter(dls.valid))[0] for _ in range(2)]
+    assert not torch.equal(draws[0], plain)
+    assert not torch.equal(draws[0], draws[1])
+    for dl in (dls.test_dl([np.zeros((32, 32, 3), np.uint8)]), dls.new_empty().train):
+        assert not [t for t in dl.after_item.fs if isinstance(t, Augment)]
 
 
 # fastai's copy
