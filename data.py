@@ -1,42 +1,28 @@
-"""How images become fastai `DataLoaders`: a `DataBlock` over an `ImageTable`, and a loader of whole batches."""
+"""How images become fastai `DataLoaders`: a `DataBlock` over an `ImageTable`."""
 
 import io
 import os
-import random
-import signal
-import warnings
-import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from itertools import cycle, islice, starmap
 from pathlib import Path
 
 import fastai.vision.data  # noqa: F401  tells show_batch how to draw images
 import numpy as np
 import torch
 from fastai.data.block import CategoryBlock, DataBlock, TransformBlock
-from fastai.data.core import DataLoaders, TfmdDL
+from fastai.data.core import DataLoaders
 from fastai.data.transforms import AttrGetter, IntToFloatTensor, Normalize, ToTensor
-from fastai.torch_core import TensorCategory, TensorImage, default_device, to_detach, to_device
+from fastai.torch_core import default_device
 from fastai.vision.core import PILImage
-from fastcore.basics import noop
-from fasttransform import Transform
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
 
 from aug import KeyedAugment, train_transforms
 from errors import InputError
-from images.decoding import SIZE, to_rgb
+from images.decoding import to_rgb
 from images.sources import load_images
 from images.table import ImageTable
+from loader import Augment, KeyedDL
 
 VALID = ("test", "holdout")
 HOLDOUT = 0.1  # of each class of the training set
-AHEAD = 2  # batches that a worker process has ready or under way
-COPIES = []  # of other processes' workers, which a fork has made: torch would stop them with the copy
-warnings.filterwarnings(
-    "ignore", "This DataLoader will create .* worker processes"
-)  # more than cores: it was asked for
 
 
 def rgb_image(o: str | Path | bytes | np.ndarray | Image.Image) -> PILImage:
@@ -46,206 +32,6 @@ def rgb_image(o: str | Path | bytes | np.ndarray | Image.Image) -> PILImage:
     if isinstance(o, str | Path | bytes):
         o = Image.open(io.BytesIO(o) if isinstance(o, bytes) else o)  # fastai would make RGB of it, and 16 bits white
     return PILImage.create(to_rgb(o if isinstance(o, Image.Image) else PILImage.create(o)))
-
-
-class Augment(Transform):
-    """Augmentation of training images as fastai's item transform; `KeyedDL` has its `pipeline` take whole batches.
-
-    pipeline: uint8 (n, 32, 32, 3), an epoch and n positions in it → the same shape. key: (epoch, position) of an item.
-    """
-
-    split_idx = 0
-
-    def __init__(self, pipeline: Callable[[np.ndarray, int, Sequence[int]], np.ndarray]):
-        self.pipeline, self.key = pipeline, (0, 0)
-
-    def encodes(self, image: PILImage):
-        epoch, position = self.key
-        return PILImage.create(self.pipeline(np.asarray(image)[None], epoch, [position])[0])
-
-
-class Batches(Dataset):
-    """A loader's batches by key: an epoch, the positions in it, and the rows of the `ImageTable` that stand there.
-
-    Worker processes leave pixels in shared memory, in the buffer that goes with the key. To make and map some for every
-    batch, as torch does, costs more than to fill it.
-    """
-
-    def __init__(self, loader: "KeyedDL", buffers: int = 0):
-        self.dataset, self.seed, self.transforms = loader.dataset, loader.seed or 0, list(loader.after_item.fs)
-        self.augments = [t for t in self.transforms if isinstance(t, Augment) and t.split_idx == self.dataset.split_idx]
-        self.by_item = None
-        if not all(isinstance(t, Augment | ToTensor) for t in self.transforms):
-            with _generators_kept():  # a new loader draws a seed
-                self.by_item = TfmdDL.new(loader, cls=TfmdDL, num_workers=0)
-            self.by_item.before_iter()  # tells the transforms whether these images are to train on
-        if buffers:
-            self.buffers = torch.empty((buffers, loader.bs, SIZE, SIZE, 3), dtype=torch.uint8).share_memory_()
-
-    def __getitem__(self, key: tuple) -> tuple:
-        buffer, key = key
-        batch = x, *labels = self.build(*key)
-        if self.by_item is not None:
-            return batch
-        self.buffers[buffer, : len(x)] = x.permute(0, 2, 3, 1)
-        return buffer, len(x), *(y.numpy() for y in labels)
-
-    def build(self, epoch: int, positions: range, rows: np.ndarray) -> tuple:
-        """uint8 (n, 3, 32, 32) and n labels, as fastai's tensors; what transforms of the user's own make of them."""
-        if self.by_item is not None:
-            with _generators_kept():
-                items = [self._item(epoch, *place) for place in zip(positions, rows.tolist(), strict=True)]
-            return self.by_item.do_batch([item for item in items if item is not None])  # a transform may skip one
-        images, *labels = self.dataset.items.batch(rows)[: len(self.dataset.tls)]  # a test set has no labels
-        for augment in self.augments:
-            images = augment.pipeline(images, epoch, positions)
-        return _typed(torch.from_numpy(images), *labels)
-
-    def _item(self, epoch: int, position: int, row: int) -> tuple | None:
-        for augment in self.augments:
-            augment.key = epoch, position
-        random.seed(f"{self.seed} {epoch} {position}")  # what other transforms draw is keyed, too
-        np.random.seed(random.getrandbits(32))
-        torch.default_generator.manual_seed(random.getrandbits(32))
-        return self.by_item.do_item(row)
-
-
-class KeyedDL(TfmdDL):
-    """A `TfmdDL` that builds a whole uint8 batch of an `ImageTable` in one go; floats are made on the device.
-
-    With a `seed`, order and augmentation depend on (seed, epoch, position) alone. `epoch` counts how often the loader
-    has been iterated; set it to repeat an epoch. An item transform of the user's own has it go item by item, as fastai
-    does, under the same keys. Items from elsewhere (`test_dl`, `predict`) take fastai's usual way.
-    """
-
-    def __init__(self, dataset, *args, seed: int | None = None, **kwargs):
-        self.seed, self.epoch = seed, -1
-        self.first, self.share, self._workers = (-1, 0), (0, 1), None
-        super().__init__(dataset, *args, **kwargs)
-
-    def begin_at(self, epoch: int, batch: int):
-        """Iterate over `epoch` next, and leave out what comes before `batch`."""
-        self.epoch, self.first = epoch - 1, (epoch, batch)
-
-    def deal(self, rank: int, size: int):
-        """Take share `rank` of every batch, of `size` shares; the others are for other processes.
-
-        No image is in two shares or in none; where a batch has fewer images than there are shares, some go without.
-        """
-        self.share = rank, size
-
-    def __getstate__(self):
-        return {**self.__dict__, "_workers": None}
-
-    def new(self, dataset=None, cls=None, **kwargs):
-        if dataset is None:
-            kwargs = {"seed": self.seed, **kwargs}
-        else:  # neither augmented nor, in a file, in need of what augments
-            kwargs = {"after_item": [t for t in self.after_item.fs if not isinstance(t, Augment)], **kwargs}
-        return super().new(dataset, cls, **kwargs)
-
-    def before_iter(self):
-        super().before_iter()
-        self.epoch += 1
-
-    def __iter__(self):
-        if not isinstance(self.dataset.items, ImageTable):
-            yield from super().__iter__()
-            return
-        self.randomize()
-        self.before_iter()
-        for batch in self._from_workers() if self.fake_l.num_workers else starmap(Batches(self).build, self._keys()):
-            if self.pin_memory:
-                batch = tuple(t.pin_memory() for t in batch)
-            yield self.after_batch(to_device(batch, self.device, non_blocking=self.pin_memory))
-        self.after_iter()
-
-    def _from_workers(self) -> Iterator[tuple]:
-        workers = self._workers
-        if workers is None or workers.dataset.transforms != list(self.after_item.fs):
-            self._workers = workers = None  # the old ones stop before the new ones start
-            workers = self._start_workers()
-            if self.fake_l.persistent_workers:
-                self._workers = workers
-        batches = workers.dataset
-        workers.sampler[:] = zip(cycle(range(len(batches.buffers))), self._keys())
-        for batch in workers:
-            if batches.by_item is None:
-                buffer, n, *labels = batch
-                x = batches.buffers[buffer, :n]  # until the next batch is taken; to pin it is to copy it
-                batch = _typed(x if self.pin_memory else x.clone(), *labels)
-            yield batch
-
-    def _start_workers(self) -> DataLoader:
-        """Worker processes for as long as what is returned; its `sampler` is a list, for an epoch's keys."""
-        n = self.fake_l.num_workers
-        options = {"num_workers": n, "prefetch_factor": AHEAD, "persistent_workers": True, "timeout": self.timeout}
-        options |= {"collate_fn": noop, "worker_init_fn": _ignore_stops}
-        options["generator"] = torch.Generator()  # their seeds are not from the generator that training draws from
-        batches = Batches(self, buffers=AHEAD * n + 1)  # one is being taken
-        workers = DataLoader(batches, batch_size=None, sampler=[], **options)
-        # Garbage collection alone would close their queues first and then wait five seconds for each; a finalizer has
-        # them whole, as nothing that it holds leads to this loader.
-        weakref.finalize(workers, _stop_workers, iter(workers), os.getpid())
-        return workers
-
-    def _keys(self) -> Iterator[tuple[int, range, np.ndarray]]:
-        """The epoch, the positions in it and the rows of every batch, or of this process's share of it."""
-        epoch, (first_epoch, first), (rank, size) = self.epoch, self.first, self.share
-        order = np.fromiter(islice(self.get_idxs(), self.n), int)  # `show_batch(unique=True)` has them never end
-        for start in range(first * self.bs if epoch == first_epoch else 0, self.n, self.bs):
-            n = min(self.bs, self.n - start)
-            share = range(start + n * rank // size, start + n * (rank + 1) // size)
-            if share and not (self.drop_last and n < self.bs):
-                yield epoch, share, order[share.start : share.stop]
-
-    def get_idxs(self):
-        if self.seed is None:
-            return super().get_idxs()
-        # As an array: fastai's lists of numbers take five times the room, in every process.
-        return np.random.default_rng([self.seed, self.epoch]).permutation(self.n) if self.shuffle else np.arange(self.n)
-
-    def to_detach(self, b, cpu: bool = True, gather: bool = True):
-        """fastai's hook: the metrics' sums (single numbers) stay on the device, so that no batch waits for it.
-
-        Nor for other processes: `distributed.all_ranks` adds them up at the end.
-        """
-        return to_detach(b, cpu and getattr(b, "ndim", None) != 0, gather=False)
-
-    def show_results(self, *args, **kwargs):
-        import fastai.vision.learner  # noqa: F401  tells fastai how to draw images with predictions; takes seconds
-
-        return super().show_results(*args, **kwargs)
-
-
-def _typed(x: torch.Tensor, *labels: np.ndarray) -> tuple:
-    """fastai's tensors for uint8 (n, H, W, C) and n labels: the first is a view, (n, C, H, W)."""
-    return TensorImage(x.permute(0, 3, 1, 2)), *(TensorCategory(torch.from_numpy(y)) for y in labels)
-
-
-def _ignore_stops(worker: int):
-    """A stop is for the process that trains to hear."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-
-
-def _stop_workers(running: Iterator, owner: int):
-    """End the processes of torch's iterator, where it is not a copy."""
-    if os.getpid() == owner:
-        running._shutdown_workers()
-    else:
-        COPIES.append(running)
-
-
-@contextmanager
-def _generators_kept() -> Iterator[None]:
-    """On leaving, the random generators of Python, numpy and the CPU are as they were on entering."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    try:
-        yield
-    finally:
-        for restore, state in zip((random.setstate, np.random.set_state, torch.set_rng_state), states, strict=True):
-            restore(state)
 
 
 def get_dls(

@@ -16,11 +16,12 @@ from fastai.vision.core import PILImage
 from fasttransform import Pipeline, Transform
 from PIL import Image
 
-from data import Augment, get_dls, rgb_image
+from data import get_dls, rgb_image
 from errors import InputError
 from images.cifar10 import CIFAR10_STATS
 from images.sources import load_images
 from images.table import ImageTable
+from loader import Augment
 
 # Sources
 

@@ -49,7 +49,7 @@ for path, name in list(zip(paths, names))[:3]:
     for item in (path, str(path), image, image.convert("RGBA"), np.array(image), path.read_bytes()):
         label, index, probabilities = learn.predict(item)
         assert label == name and abs(float(probabilities.sum()) - 1) < 1e-5, (path, type(item), label, name)
-ours = {"train_fastai", "data", "images", "model", "aug", "export", "training", "trained", "errors", "albumentations"}
+ours = {"train_fastai", "data", "loader", "images", "model", "aug", "export", "training", "trained", "errors", "albumentations"}
 assert not ours & set(sys.modules), ours & set(sys.modules)
 """
 
@@ -215,7 +215,7 @@ import numpy as np
 path, folder = sys.argv[1:]
 images = np.load(folder + "/images.npy")
 {}
-ours = {{"train_fastai", "data", "images", "model", "trained", "export", "training", "errors", "files"}}
+ours = {{"train_fastai", "data", "loader", "images", "model", "trained", "export", "training", "errors", "files"}}
 assert not ours & set(sys.modules), ours & set(sys.modules)
 np.save(folder + "/logits.npy", np.asarray(logits))
 """
