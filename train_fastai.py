@@ -42,7 +42,7 @@ from reporting.tables import runs_table
 from trained.device import check_device
 from trained.learner_file import export
 from trained.safe_file import save_safetensors
-from training.callbacks import logged, tta_accuracy
+from training.callbacks import BatchLog, tta_accuracy
 from training.checkpoint import Checkpoint, faults_explained, load_checkpoint, remove_checkpoints, signals
 from training.description import describe, print_config
 from training.distributed import all_ranks, is_rank0, joined, on_rank0, own_folder
@@ -126,10 +126,11 @@ def fit(run: Run, learn: Learner, options: Options, peak: float, cbs: Sequence[C
     state = on_rank0(load_checkpoint, run.folder, learn.model)
     log, checkpoint = RunLog(), Checkpoint(state, options.max_minutes)
     print(f"training     {settings.epochs} epochs, peak learning rate {peak:.3g}{checkpoint}")
-    logger = logged(options.log if is_rank0() else None, run.folder, config)
-    with all_ranks(learn, options.sync_bn), signals(checkpoint.ask_to_stop), logger as loggers:
-        every = [log, Forecast(), checkpoint, *loggers, *cbs]
-        settings.schedule.fit(learn, settings.epochs, peak, every, checkpoint.first_epoch)
+    own = [log, Forecast(), checkpoint]
+    if options.log and is_rank0():
+        own.append(BatchLog(options.log, run.folder, config))
+    with all_ranks(learn, options.sync_bn), signals(checkpoint.ask_to_stop):
+        settings.schedule.fit(learn, settings.epochs, peak, [*own, *cbs], checkpoint.first_epoch)
     if checkpoint.stopped:
         again = Options(resume=str(run)).command(config["processes"])
         raise Stopped(f"stopped {checkpoint.stopped}; go on with: {again}", checkpoint.code)

@@ -10,7 +10,11 @@ from conftest import ROOT, main
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import options
+from data import get_dls
 from errors import InputError, Stopped
+from recipes import get_recipe
+from train_fastai import get_learner
+from training.callbacks import BatchLog
 
 SMALL = {"recipe": "demo", "bs": 128, "width": 2, "epochs": 2, "device": "cpu", "no_lr_find": True, "no_pictures": True}
 
@@ -32,6 +36,15 @@ def test_tensorboard_gets_every_batch_also_of_a_training_that_was_stopped(tmp_pa
             step: pytest.approx(row[name], abs=1e-5) for step, row in zip(steps, history, strict=True)
         }
     assert logged["lr"][22] == pytest.approx(history[-1]["lr"], rel=1e-3)
+
+
+def test_in_a_notebook_it_is_one_more_callback(tmp_path):
+    learner = get_learner(get_dls("digits", bs=64, device="cpu"), get_recipe("demo", width=2))
+    with learner.no_bar(), learner.no_logging():
+        learner.fit(1, 0.1, cbs=BatchLog("tensorboard", tmp_path))
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("train_loss")] == list(range(1, 23))
+    assert events.Scalars("accuracy")[0].value == pytest.approx(learner.recorder.values[-1][2])
 
 
 def test_wandb_without_a_network_and_without_a_key(tmp_path):

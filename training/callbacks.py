@@ -1,11 +1,9 @@
-"""fastai callbacks: its own where they wait for the device at every batch or do nothing, flip averaging, logging.
+"""Callbacks: a recorder and a progress bar that do not wait for a GPU, the plateau schedule, logging, TTA.
 
 A GPU works through a queue: whoever reads a loss waits until all that was queued before it is done, and the queue then
 runs empty. fastai's recorder and progress bar do so at every batch. Ours keep what they record and show.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -98,42 +96,41 @@ class Mirror(Callback):
         self.learn.xb = tuple(x.flip(-1) for x in self.xb)
 
 
-@contextmanager
-def logged(to: str | None, run: Path, config: dict) -> Iterator[list[Callback]]:
-    """The callback with which fastai logs to "tensorboard" (in the run's folder) or "wandb"; none for None.
+class BatchLog(Callback):
+    """Logs the loss and learning rate of every batch and the figures of every epoch, to "tensorboard" or "wandb".
 
-    Raises InputError where Weights & Biases takes no log.
+    TensorBoard's files are in `folder`/tensorboard; a run of Weights & Biases has the folder's name and `config`. It
+    waits for the device at every batch. Raises InputError where Weights & Biases takes no log.
     """
-    if to == "tensorboard":
-        from fastai.callback.tensorboard import TensorBoardCallback
 
-        class TensorBoard(TensorBoardCallback):
-            def after_batch(self):  # fastai's would log all that torch's optimiser has, and fail where that is None
-                if self.training:
-                    self.writer.add_scalar("train_loss", self.smooth_loss, self.train_iter)
-                    self.writer.add_scalar("lr", self.opt.hypers[-1]["lr"], self.train_iter)
+    order = Recorder.order + 1  # what it logs has just been recorded
 
-        yield [TensorBoard(run / "tensorboard", trace_model=False, log_preds=False)]
-    elif to == "wandb":
+    def __init__(self, to: str, folder: Path, config: dict | None = None):
+        if to == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+
+            writer = SummaryWriter(folder / "tensorboard")
+            self.write = lambda values, step: [writer.add_scalar(name, v, step) for name, v in values.items()]
+            self.close = writer.close
+            return
         import wandb
-        from fastai.callback.wandb import WandbCallback
-
-        class Wandb(WandbCallback):
-            def before_fit(self):  # fastai's would gather the learner's arguments, and fail at the first schedule
-                self.learn.gather_args = dict
-                super().before_fit()
-                del self.learn.gather_args
 
         try:
-            wandb.init(project="custom-resnet", name=run.name, dir=run, config=config)
+            wandb.init(project="custom-resnet", name=folder.name, dir=folder, config=config)
         except wandb.Error as e:
             raise InputError(f"--log wandb: {e}; log in with wandb login, or set WANDB_MODE=offline") from e
-        try:
-            yield [Wandb(log_preds=False)]
-        finally:
-            wandb.finish()
-    else:
-        yield []
+        self.write, self.close = wandb.log, wandb.finish
+
+    def after_batch(self):
+        if self.training:
+            self.write({"train_loss": float(self.smooth_loss), "lr": self.opt.hypers[-1]["lr"]}, self.train_iter)
+
+    def after_epoch(self):
+        values = self.recorder.values[-1]  # none in an epoch that is skipped, as it was done before a stop
+        self.write(dict(zip(self.recorder.metric_names[2:], values[1:], strict=False)), self.train_iter)
+
+    def after_fit(self):
+        self.close()
 
 
 def tta_accuracy(learn: Learner) -> float:
