@@ -27,7 +27,7 @@ def take_in(folder: Path, results: Path | None = None) -> Path:
         result = json.loads((folder / "result.json").read_text())
     except OSError as e:
         raise InputError(f"{folder}: not the folder of a run that has ended, no result.json ({e.strerror})") from e
-    result.pop("arguments", None)  # paths of the machine; what counts of them stands beside them
+    result.pop("options", None)  # with paths of the machine; what counts of them stands beside them
     path = (results or HERE / "runs") / f"{file_name(how(result), *where(result), 'seed', result['seed'])}.json"
     write_json(path, result)
     return path

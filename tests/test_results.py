@@ -16,6 +16,7 @@ from errors import InputError
 RUN = {
     "recipe": "fast", "epochs": 2, "source": "cifar10", "width": 64, "valid": "test", "device_name": "a GPU",
     "parameters": 6_573_130, "norm": "batch", "seed": 0, "last_accuracy": 0.9, "tta_accuracy": 0.91,
+    "options": {"out": "/home/me/run"},
     "history": [{"epoch": n, "valid_accuracy": n / 3, "seconds": 4 - n} for n in (1, 2)],
 }  # fmt: skip
 
@@ -80,7 +81,9 @@ def test_runs_become_lines_and_a_picture(place, tmp_path):
         ],
         ["seed, 2 epochs", "width 64, 6.57 M", "fp32", "1", "80.00", "80.00, 80.00", "–", "2.5 s, a GPU"],
     ]
-    assert len(list((tmp_path / "results/runs").iterdir())) == 4
+    kept = list((tmp_path / "results/runs").iterdir())
+    assert len(kept) == 4
+    assert all("options" not in json.loads(path.read_text()) for path in kept), "paths of the machine"
     pictures = make.made_pictures()
     assert [path.name for path in pictures] == ["schedules.png", "cifar10-64-test-fp32.png"]
     assert all(Image.open(path).text["Comment"] == make.digest(drawn) for path, (_, drawn) in pictures.items())
