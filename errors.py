@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from time import sleep
+from types import TracebackType
 from typing import Any, NoReturn
 
 from fastcore.script import anno_parser
@@ -59,6 +60,15 @@ def fail(message: object, code: int = 2) -> NoReturn:
     sys.exit(code)
 
 
+def one_line_for_ctrl_c(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    """Python's `excepthook`, for an error that nothing has caught; Ctrl-C in it is one line, too."""
+    if not issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, traceback)
+        return
+    print(f"{Path(sys.argv[0]).name}: error: stopped by Ctrl-C", file=sys.stderr, flush=True)
+    os._exit(130)  # a hook cannot set the exit code otherwise
+
+
 def run_command(func: Callable, *args, **kwargs) -> Any:
     """What `func` returns; bad input becomes one line and exit code 2, Ctrl-C one line and 130."""
     sys.stdout.reconfigure(line_buffering=True)  # whoever follows a log file sees each line as it comes
@@ -87,6 +97,7 @@ def parse(func: Callable, pos: Sequence[str] = ()) -> Any:
     argparse would print its whole usage first. `pos` names arguments that stay positional though they have a default.
     """
     let_idle_threads_sleep()
+    sys.excepthook = one_line_for_ctrl_c  # while the command's imports take their seconds
     parser = anno_parser(func, pos=pos)
     parser.allow_abbrev = False
     options = [o for a in parser._actions for o in a.option_strings if a.help != "==SUPPRESS==" and len(o) > 2]

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import re
+import signal
 import subprocess
 import sys
 from functools import partial
@@ -305,6 +306,20 @@ def test_a_bug_keeps_its_traceback(tmp_path):
     result = subprocess.run([sys.executable, script], capture_output=True, text=True, env=env)
     assert result.returncode == 1
     assert "ZeroDivisionError" in result.stderr
+
+
+def test_ctrl_c_while_it_imports_is_one_line(tmp_path):
+    words = [sys.executable, "-v", str(ROOT / "train_fastai.py"), "--recipe", "demo"]  # -v: a line an import
+    process = subprocess.Popen(words, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))  # fmt: skip
+    for line in process.stderr:
+        if line.startswith("import 'torch"):
+            break
+    process.send_signal(signal.SIGINT)
+    errors = process.stderr.read()
+    assert process.wait(60) == 130
+    assert "train_fastai.py: error: stopped by Ctrl-C\n" in errors
+    assert "Traceback" not in errors
 
 
 def test_help_explains_every_option_at_once(command):
