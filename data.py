@@ -48,7 +48,7 @@ def get_dls(
     `valid` "test" validates on the test set; "holdout" on a tenth of each class of the training set, chosen by `seed`.
     `workers` is the number of loader processes (default: one a core up to 8 for a GPU, 0 where the CPU also trains; the
     processes of one training share a machine's cores),
-    `augmentation` goes to `aug.train_transforms`. Sources are those of `sources.load_images`. Raises InputError.
+    `augmentation` goes to `aug.train_transforms`. Sources are those of `images.sources.load_images`. Raises InputError.
     """
     if valid not in VALID:
         raise InputError(f"valid is {valid!r}: it must be one of {', '.join(VALID)}")

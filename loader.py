@@ -188,7 +188,7 @@ class KeyedDL(TfmdDL):
     def to_detach(self, b, cpu: bool = True, gather: bool = True):
         """fastai's hook: the metrics' sums (single numbers) stay on the device, so that no batch waits for it.
 
-        Nor for other processes: `distributed.all_ranks` adds them up at the end.
+        Nor for other processes: `training.distributed.all_ranks` adds them up at the end.
         """
         return to_detach(b, cpu and getattr(b, "ndim", None) != 0, gather=False)
 

@@ -41,7 +41,7 @@ def save_safetensors(learn: "Learner", path: Path, result: dict) -> None:
 
 
 def load_safetensors(path: str | Path) -> tuple[Classifier, dict]:
-    """The classifier on the CPU, in evaluation mode, and the header of a file that `export.save_safetensors` wrote.
+    """The classifier on the CPU, in evaluation mode, and the header of a file that `save_safetensors` wrote.
 
     Nothing in the file is executed. Raises InputError where it is damaged, or not one of ours.
     """
