@@ -1,6 +1,6 @@
 """Measure what this project's speed rests on, and print it as tables.
 
-    python benchmarks/speed.py                      everything, about eighteen minutes on two cores
+    python benchmarks/speed.py                      everything, about half an hour on two cores
     python benchmarks/speed.py --only loaders       one part; --help names them
 
 Run it on a machine that does nothing else. Only the ratios within one table mean something on another machine.
