@@ -42,9 +42,11 @@ import csv
 import json
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from glob import glob, has_magic
-from itertools import islice
+from itertools import chain
+from operator import itemgetter
 
 import numpy as np
 
@@ -56,171 +58,141 @@ BATCH = 256  # images; more are no faster on two cores, and take memory
 TOP = 3
 SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp")  # of images in a folder; a name given is always tried
 
-
-class Failures:
-    """Names each image that cannot be used on stderr, and counts them."""
-
-    def __init__(self):
-        self.count = 0
-
-    def add(self, message: str) -> None:
-        """One more of them."""
-        self.count += 1
-        print(f"predict.py: {printable(message)}", file=sys.stderr)
+Rows = Iterator[tuple[Path, list[tuple[str, float]]]]  # images, their classes and probabilities, the highest first
 
 
-def find_images(words: Iterable[str], failures: Failures) -> list[Path]:
+def complain(message: str) -> None:
+    """One line on stderr."""
+    print(f"predict.py: {printable(message)}", file=sys.stderr)
+
+
+def find_images(words: Iterable[str], fail: Callable[[str], None]) -> Iterator[Path]:
     """The files that images, folders, patterns, and `-` for a list on stdin stand for; none has been opened."""
-    paths = []
     for word in words:
+        path = Path(word).expanduser()
         if word == "-":
             sys.stdin.reconfigure(errors="surrogateescape")  # a name need not be text
-            paths += [Path(line) for line in sys.stdin.read().splitlines() if line]
+            yield from (Path(line) for line in sys.stdin.read().splitlines() if line)
             continue
-        path, found = Path(word).expanduser(), None
         if path.is_dir():
             found = [p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")]
         elif has_magic(word) and not path.exists():
             found = [p for p in map(Path, glob(str(path), recursive=True)) if not p.is_dir()]
-        if found == []:
-            failures.add(f"{word}: no image there")
-        paths += [path] if found is None else sorted(found)
-    return paths
+        else:
+            found = [path]
+        if not found:
+            fail(f"{word}: no image there")
+        yield from sorted(found)
 
 
-def predictions(model: Model, paths: list[Path], tta: bool, failures: Failures) -> Iterator[tuple[Path, np.ndarray]]:
-    """Each image that can be read, and the probability of each class, (classes,)."""
-    rest = iter(paths)
-    while batch := list(islice(rest, BATCH)):
+def predictions(model: Model, paths: list[Path], tta: bool, fail: Callable[[str], None]) -> Rows:
+    """Each image that can be read, and what it may be; `fail` hears of the others."""
+    for start in range(0, len(paths), BATCH):
         read, pixels = [], []
-        for path in batch:
+        for path in paths[start : start + BATCH]:
             try:
-                pixels.append(read_image(path, warn_of_frames))
+                pixels.append(read_image(path, lambda name: complain(f"{name}: animated; its first frame is taken")))
                 read.append(path)
             except InputError as e:
-                failures.add(str(e))
+                fail(str(e))
             except OSError as e:
-                failures.add(f"{path}: cannot be read ({e.strerror or e})")
-        if read:
-            yield from zip(read, model.probabilities(np.stack(pixels), tta), strict=True)
+                fail(f"{path}: cannot be read ({e.strerror or e})")
+        probabilities = model.probabilities(np.stack(pixels), tta) if read else ()
+        for path, p in zip(read, probabilities, strict=True):
+            yield path, [(model.classes[i], float(p[i])) for i in (-p).argsort(kind="stable")]
 
 
-def warn_of_frames(name: str) -> None:
-    """On stderr."""
-    print(f"predict.py: {printable(name)}: animated; its first frame is taken", file=sys.stderr)
-
-
-def best(classes: list[str], probabilities: np.ndarray, n: int | None = None) -> list[tuple[str, float]]:
-    """The `n` most probable classes, the most probable first; all by default."""
-    order = (-probabilities).argsort(kind="stable")[:n]
-    return [(classes[i], float(probabilities[i])) for i in order]
-
-
-def print_table(rows: Iterator, classes: list[str], paths: list[Path]) -> None:
-    """The most probable classes of each image; in a terminal, long names lose their beginning."""
-    short = {name: printable(shortened(name)) for name in classes}
-    top, cell = min(TOP, len(classes)), max(map(len, short.values())) + 9
-    width = max((len(printable(str(path))) for path in paths), default=0)
-    if sys.stdout.isatty():
-        width = min(width, max(12, shutil.get_terminal_size().columns - top * (cell + 2)))
-    for path, probabilities in rows:
-        name = printable(str(path))
-        name = name if len(name) <= width else f"…{name[1 - width :]}"
-        cells = (f"{short[label]:<{cell - 8}}{100 * p:6.2f} %" for label, p in best(classes, probabilities, TOP))
-        print(f"{name:<{width}}  {'  '.join(cells)}")
-
-
-def print_csv(rows: Iterator, classes: list[str], paths: list[Path]) -> None:
-    """The most probable classes of each image, a row each, under a line of names."""
+def print_csv(names: Iterable[str], rows: Iterable[Iterable]) -> None:
+    """The rows under a line of names."""
     sys.stdout.reconfigure(errors="surrogateescape")
     writer = csv.writer(sys.stdout, lineterminator="\n")
-    numbers = range(1, min(TOP, len(classes)) + 1)
-    writer.writerow(["image", *(f"{column}{i}" for i in numbers for column in ("label", "probability"))])
-    for path, probabilities in rows:
-        writer.writerow([path, *(v for label, p in best(classes, probabilities, TOP) for v in (label, round(p, 6)))])
+    writer.writerow(names)
+    writer.writerows(rows)
 
 
-def print_json(rows: Iterator, classes: list[str], paths: list[Path]) -> None:
-    """A JSON object a line: the image, its most probable class, and the probability of each, the highest first."""
-    for path, probabilities in rows:
-        ordered = best(classes, probabilities)
-        every = {label: round(p, 6) for label, p in ordered}
-        print(json.dumps({"image": str(path), "label": ordered[0][0], "probabilities": every}))
+def print_predictions(rows: Rows, paths: list[Path], classes: list[str], options: Options) -> None:
+    """The most probable classes of each image, a line or row each; in JSON all of them, the most probable first."""
+    top = min(TOP, len(classes))
+    if options.json:
+        for path, ranked in rows:
+            every = {label: round(p, 6) for label, p in ranked}
+            print(json.dumps({"image": str(path), "label": ranked[0][0], "probabilities": every}))
+    elif options.csv:
+        names = [f"{column}{i}" for i in range(1, top + 1) for column in ("label", "probability")]
+        cells = ((path, *chain(*((label, round(p, 6)) for label, p in ranked[:top]))) for path, ranked in rows)
+        print_csv(["image", *names], cells)
+    else:
+        short = {name: printable(shortened(name)) for name in classes}
+        cell = max(map(len, short.values())) + 9
+        width = max((len(printable(str(path))) for path in paths), default=0)
+        if sys.stdout.isatty():  # long names lose their beginning
+            width = min(width, max(12, shutil.get_terminal_size().columns - top * (cell + 2)))
+        for path, ranked in rows:
+            name = printable(str(path))
+            name = name if len(name) <= width else f"…{name[1 - width :]}"
+            cells = (f"{short[label]:<{cell - 8}}{100 * p:6.2f} %" for label, p in ranked[:top])
+            print(f"{name:<{width}}  {'  '.join(cells)}")
 
 
-def labels_of(paths: list[Path], classes: list[str]) -> list[int]:
-    """The class whose name each image's folder has. Raises InputError where there is none."""
-    numbers = {name: i for i, name in enumerate(classes)}
-    names = [path.absolute().parent.name for path in paths]
-    for path, name in zip(paths, names, strict=True):
-        if name not in numbers:
+def evaluation(rows: Rows, paths: list[Path], classes: list[str]) -> dict:
+    """Number of images and accuracy, 0 to 1, of all and of each class, and what it is most often taken for, if any.
+
+    Raises InputError, before the first image is read, for one whose folder has the name of no class.
+    """
+    for path in paths:
+        if path.absolute().parent.name not in classes:
             some = ", ".join(classes[:12]) + (" …" if len(classes) > 12 else "")
             raise InputError(f"{path}: --eval takes images in folders named as the model's classes: {some}")
-    return [numbers[name] for name in names]
+    counts = Counter((path.absolute().parent.name, ranked[0][0]) for path, ranked in rows)
+
+    def figures(names: list[str]) -> dict:
+        n = sum(counts[name, other] for name in names for other in classes)
+        right = sum(counts[name, name] for name in names)
+        return {"images": n, "accuracy": right / n if n else None}
+
+    result = figures(classes) | {"classes": {name: figures([name]) for name in classes}}
+    for name, row in result["classes"].items():
+        mistakes = [(counts[name, other], other) for other in classes if other != name]
+        times, other = max(mistakes, key=itemgetter(0), default=(0, None))
+        row |= {"taken_for": other if times else None, "times": times}
+    return result
 
 
-def evaluation(rows: Iterator, paths: list[Path], classes: list[str]) -> dict:
-    """Number of images and accuracy, 0 to 1, of all and of each class, and what it is most often taken for, if any."""
-    labels, counts = dict(zip(paths, labels_of(paths, classes), strict=True)), np.zeros((len(classes),) * 2, int)
-    for path, probabilities in rows:
-        counts[labels[path], probabilities.argmax()] += 1
-    right, n = counts.diagonal(), counts.sum(1)
-    wrong = counts - np.diag(right)
-    return {
-        "images": int(n.sum()),
-        "accuracy": float(right.sum() / n.sum()) if n.any() else None,
-        "classes": {
-            name: {
-                "images": int(n[i]),
-                "accuracy": float(right[i] / n[i]) if n[i] else None,
-                "taken_for": classes[wrong[i].argmax()] if wrong[i].any() else None,
-                "times": int(wrong[i].max()),
-            }
-            for i, name in enumerate(classes)
-        },
-    }
-
-
-def print_evaluation(result: dict) -> None:
-    """A line a class, and one for all."""
-    width = max(len(printable(name)) for name in ("class", *result["classes"]))
-    print(f"{'class':<{width}}  images  accuracy  most often taken for")
-    for name, row in [*result["classes"].items(), ("all", result)]:
-        accuracy = "–" if row["accuracy"] is None else f"{100 * row['accuracy']:.2f} %"
-        other = f"{printable(row['taken_for'])}, {row['times']} times" if row.get("taken_for") else ""
-        print(f"{printable(name):<{width}}  {row['images']:>6}  {accuracy:>8}  {other}".rstrip())
-
-
-def print_evaluation_csv(result: dict) -> None:
-    """The same as rows under a line of names; that of all has no class."""
-    writer = csv.writer(sys.stdout, lineterminator="\n")
+def print_evaluation(result: dict, options: Options) -> None:
+    """A line a class, and one for all, whose name is empty in CSV; or one JSON object."""
     names = ("images", "accuracy", "taken_for", "times")
-    writer.writerow(["class", *names])
-    for name, row in [*result["classes"].items(), ("", result)]:
-        writer.writerow([name, *(row.get(key) for key in names)])
-
-
-WRITERS: dict[str, tuple[Callable, Callable]] = {
-    "table": (print_table, print_evaluation),
-    "csv": (print_csv, print_evaluation_csv),
-    "json": (print_json, lambda result: print(json.dumps(result))),
-}
+    rows = [*result["classes"].items(), ("" if options.csv else "all", result)]
+    if options.json:
+        print(json.dumps(result))
+    elif options.csv:
+        print_csv(("class", *names), ([name, *map(row.get, names)] for name, row in rows))
+    else:
+        width = max(len(printable(name)) for name in ("class", *result["classes"]))
+        print(f"{'class':<{width}}  images  accuracy  most often taken for")
+        for name, row in rows:
+            accuracy = "–" if row["accuracy"] is None else f"{100 * row['accuracy']:.2f} %"
+            other = f"{printable(row['taken_for'])}, {row['times']} times" if row.get("taken_for") else ""
+            print(f"{printable(name):<{width}}  {row['images']:>6}  {accuracy:>8}  {other}".rstrip())
 
 
 def main(options: Options) -> None:
     """The command; exits with 1 where an image could not be used."""
-    model, failures = load_model(options.model, options.device), Failures()
+    model, failures = load_model(options.model, options.device), []
     if options.tta and model.header.get("flip") == 0:
         raise InputError(f"--tta: {options.model} has never learned from mirror images; leave it out")
-    paths = find_images(options.images, failures)
-    rows = predictions(model, paths, options.tta, failures)
-    print_rows, print_result = WRITERS["json" if options.json else "csv" if options.csv else "table"]
+
+    def fail(message: str) -> None:
+        complain(message)
+        failures.append(message)
+
+    paths = list(find_images(options.images, fail))
+    rows = predictions(model, paths, options.tta, fail)
     if options.eval:
-        print_result(evaluation(rows, paths, model.classes))
+        print_evaluation(evaluation(rows, paths, model.classes), options)
     else:
-        print_rows(rows, model.classes, paths)
-    if failures.count:
-        print(f"predict.py: {failures.count} could not be used", file=sys.stderr)
+        print_predictions(rows, paths, model.classes, options)
+    if failures:
+        complain(f"{len(failures)} could not be used")
         sys.exit(1)
 
 
