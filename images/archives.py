@@ -29,10 +29,9 @@ def members(path: Path) -> Iterator[tuple[PurePosixPath, bytes | None]]:
             if total > most:
                 raise InputError(f"{path}: unpacks to more than {MAX_RATIO} times its size, as no images do; refused")
             yield member, data
-    except InputError:
-        raise
     except Exception as e:  # a damaged archive can make anything of Python's readers
-        if isinstance(e, OSError) and e.errno not in (None, errno.EINVAL):  # None is gzip's own, EINVAL a wrong offset
+        # Of an OSError, None is gzip's own and EINVAL is a wrong offset; all others are the disk's.
+        if isinstance(e, InputError) or (isinstance(e, OSError) and e.errno not in (None, errno.EINVAL)):
             raise
         reason = str(e).partition(":\n")[0]  # tarfile goes on with what each of its formats says
         raise InputError(f"{path}: a damaged or locked archive ({reason}); fetch it again") from e

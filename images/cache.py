@@ -88,7 +88,6 @@ def _load(entry: Path) -> ImageTable:
     about = json.loads((entry / "about.json").read_text())
     # As plain arrays over the mapping: np.memmap's own type costs microseconds at every access.
     images, labels, is_train = (np.asarray(np.load(entry / f"{name}.npy", mmap_mode="r")) for name in ARRAYS)
-    classes, stats = tuple(about["classes"]), tuple(map(tuple, about["stats"]))
-    rows = np.arange(len(images))
-    notes = tuple(about["notes"])
+    rows, classes, notes = np.arange(len(images)), tuple(about["classes"]), tuple(about["notes"])
+    stats = tuple(map(tuple, about["stats"]))
     return ImageTable(about["name"], classes, images, labels, is_train, rows, stats, about["digest"], notes)

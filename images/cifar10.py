@@ -17,12 +17,8 @@ from images.decoding import SIZE
 from images.table import SPLITS, Found, ImageTable, table_of
 
 CIFAR10_STATS = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))  # of the 50,000 training images, range 0..1
-
-
-BATCH_FILES = {
-    "train": [f"data_batch_{i}" for i in range(1, 6)],
-    "test": ["test_batch"],
-}
+BATCHES = {f"data_batch_{i}": "train" for i in range(1, 6)} | {"test_batch": "test"}  # official file → split
+BATCH_FILES = (*BATCHES, "batches.meta")
 
 
 def download() -> Path:
@@ -31,9 +27,8 @@ def download() -> Path:
     if not (fastai_path("data") / "cifar10").exists() and not archive.exists():
         _check_reachable(URLs.CIFAR)
         print(f"downloading CIFAR-10 (135 MB) to {archive}")
-    quiet = nullcontext() if sys.stdout.isatty() else redirect_stdout(io.StringIO())  # the bar redraws itself with \r
     try:
-        with quiet:
+        with nullcontext() if sys.stdout.isatty() else redirect_stdout(io.StringIO()):  # the bar redraws itself with \r
             return untar_data(URLs.CIFAR)
     except Exception as e:  # fastdownload raises that very class for a wrong checksum
         raise InputError(f"the download of CIFAR-10 failed ({e}); pass --data PATH or --data digits") from e
@@ -111,7 +106,7 @@ def _unpickle(data: bytes, name: str) -> dict:
 
 def read_batches(where: str, files: dict[str, bytes]) -> ImageTable:
     """The table of the official batch files, name → content. Raises InputError where they are not those."""
-    for needed in [*BATCH_FILES["train"], *BATCH_FILES["test"], "batches.meta"]:
+    for needed in BATCH_FILES:
         if needed not in files:
             raise InputError(f"{where}: {needed} is missing; fetch the whole of CIFAR-10's python version")
     names = _unpickle(files["batches.meta"], f"{where}: batches.meta").get("label_names")
@@ -119,18 +114,14 @@ def read_batches(where: str, files: dict[str, bytes]) -> ImageTable:
         raise InputError(f"{where}: batches.meta holds no label_names; fetch it again")
     classes = [n.decode(errors="surrogateescape") if isinstance(n, bytes) else n for n in names]
     found: Found = {(split, c): [] for split in SPLITS for c in classes}
-    for split in SPLITS:
-        for file in BATCH_FILES[split]:
-            batch = _unpickle(files[file], f"{where}: {file}")
-            data, labels = getattr(batch.get("data"), "pixels", None), batch.get("labels")
-            pixels = SIZE * SIZE * 3
-            good_data = data is not None and data.ndim == 2 and data.shape[1] == pixels
-            good_labels = isinstance(labels, list) and all(
-                isinstance(i, int) and i in range(len(classes)) for i in labels
-            )
-            if not (good_data and good_labels and len(data) == len(labels)):
-                raise InputError(f"{where}: {file} does not hold (n, {pixels}) uint8 data and n labels; fetch it again")
-            images = data.reshape(-1, 3, SIZE, SIZE).transpose(0, 2, 3, 1)
-            for i, (image, label) in enumerate(zip(images, labels, strict=True)):
-                found[split, classes[label]].append((f"{file}-{i:05}", image))
+    pixels = SIZE * SIZE * 3
+    for file, split in BATCHES.items():
+        batch = _unpickle(files[file], f"{where}: {file}")
+        data, labels = getattr(batch.get("data"), "pixels", None), batch.get("labels")
+        good = isinstance(labels, list) and all(isinstance(i, int) and i in range(len(classes)) for i in labels)
+        if not good or np.shape(data) != (len(labels), pixels):
+            raise InputError(f"{where}: {file} does not hold (n, {pixels}) uint8 data and n labels; fetch it again")
+        images = data.reshape(-1, 3, SIZE, SIZE).transpose(0, 2, 3, 1)
+        for i, (image, label) in enumerate(zip(images, labels, strict=True)):
+            found[split, classes[label]].append((f"{file}-{i:05}", image))
     return replace(table_of(where, found), stats=CIFAR10_STATS)

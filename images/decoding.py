@@ -11,14 +11,8 @@ from PIL import Image, ImageOps
 from errors import InputError
 
 SIZE = 32  # pixels a side
-
-
 MAX_PIXELS = 64_000_000  # of an image that is shrunk to 32x32; decoded it would take 200 MB
-
-
 MAX_BYTES = 64 * 2**20  # of an image's file
-
-
 # By content, as a name is often wrong. Pillow reads dozens, some of which (EPS) run other programs.
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP")
 

@@ -31,15 +31,11 @@ def load_images(source: str | Path | ImageTable) -> ImageTable:
     try:
         if source == "cifar10":
             return replace(decoded(download(), _read_folder), name="cifar10", stats=CIFAR10_STATS)
-        if path.is_dir():
-            inner = path / "cifar-10-batches-py"
-            table = decoded(inner if inner.is_dir() else path, _read_folder)
-        elif path.is_file():
-            table = decoded(path, _read_archive)
-        else:
-            raise InputError(
-                f"{path}: no such file or folder; data is cifar10, digits, a folder or an archive of images"
-            )
+        if not path.is_dir() and not path.is_file():
+            ways = "cifar10, digits, a folder or an archive of images"
+            raise InputError(f"{path}: no such file or folder; data is {ways}")
+        inner = path / "cifar-10-batches-py"
+        table = decoded(inner if inner.is_dir() else path, _read_archive if path.is_file() else _read_folder)
     except OSError as e:
         raise InputError(f"{e.filename or path}: cannot be read ({e.strerror or e}); check its permissions") from e
     table = replace(table, name=path.resolve().name)
@@ -62,10 +58,8 @@ def _read_digits() -> ImageTable:
 
 def _read_folder(root: Path) -> ImageTable:
     if (root / "batches.meta").is_file():
-        names = [name for split in SPLITS for name in BATCH_FILES[split]] + ["batches.meta"]
-        return read_batches(str(root), {n: (root / n).read_bytes() for n in names if (root / n).is_file()})
-    found: Found = {}
-    animated: list[str] = []
+        return read_batches(str(root), {n: (root / n).read_bytes() for n in BATCH_FILES if (root / n).is_file()})
+    found, animated = {}, []
     for split in SPLITS:
         if not (root / split).is_dir():
             raise InputError(f"{root}: there is no {split} folder in it; it must hold train/<class>/ and test/<class>/")
@@ -87,10 +81,9 @@ def _checked_suffix(name: str) -> str:
 
 def _read_archive(path: Path) -> ImageTable:
     batches, found, animated, depth = {}, defaultdict(list), [], None
-    known_batches = {"batches.meta", *BATCH_FILES["train"], *BATCH_FILES["test"]}
     for member, data in members(path):
         parts = member.parts
-        if data is not None and member.name in known_batches:
+        if data is not None and member.name in BATCH_FILES:
             batches[member.name] = data
         if depth is None:  # the first train or test folder tells how deep the layout starts
             depth = next((i for i, part in enumerate(parts) if part in SPLITS), None)

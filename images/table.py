@@ -12,8 +12,6 @@ from errors import InputError
 from images.decoding import SIZE
 
 SPLITS = ("train", "test")
-
-
 Found = dict[tuple[str, str], list[tuple[str, np.ndarray]]]  # (split, class) → (file name, pixels)
 
 
