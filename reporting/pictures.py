@@ -116,10 +116,10 @@ def save_comparison(groups: dict[str, list[dict]], path: Path, comment: str | No
     figure, axes = new_axes(title, "epoch", "validation accuracy in %")
     for (name, runs), color, marker in zip(groups.items(), COLORS, "os^DvPX*", strict=False):
         curves = np.array([[100 * row["valid_accuracy"] for row in run["history"]] for run in runs])
-        x, last = range(1, curves.shape[1] + 1), curves[:, -1]
+        x, last = range(1, curves.shape[1] + 1), np.mean([100 * run["last_accuracy"] for run in runs])
         mean, std = curves.mean(0), curves.std(0, ddof=1) if len(runs) > 1 else 0
         axes.fill_between(x, mean - std, mean + std, color=color, alpha=0.2, lw=0)
-        label = f"{name}: {last.mean():.2f} % at the end, {len(runs)} seed{'s' * (len(runs) > 1)}"
+        label = f"{name}: {last:.2f} % at the end, {len(runs)} seed{'s' * (len(runs) > 1)}"
         axes.plot(x, mean, f"{marker}-", ms=3, color=color, label=label)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(frameon=False, loc="lower right")
