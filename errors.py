@@ -47,8 +47,8 @@ def let_idle_threads_sleep() -> None:
     when torch is imported; `results/README.md` has what each way costs.
     """
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & os.environ.keys():
-        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
-        os.environ["GOMP_SPINCOUNT"] = "10000"  # GNU's, which torch comes with: to sleep at once slows small steps
+        # The count is GNU's, which torch comes with: to sleep at once slows small steps.
+        os.environ.update(OMP_WAIT_POLICY="PASSIVE", GOMP_SPINCOUNT="10000")
 
 
 def fail(message: object, code: int = 2) -> NoReturn:
@@ -99,18 +99,13 @@ def parse(func: Callable, pos: Sequence[str] = ()) -> Any:
     let_idle_threads_sleep()
     sys.excepthook = one_line_for_ctrl_c  # while the command's imports take their seconds
     parser = anno_parser(func, pos=pos)
-    parser.allow_abbrev = False
-    options = [o for a in parser._actions for o in a.option_strings if a.help != "==SUPPRESS==" and len(o) > 2]
-
-    def usage_error(message: str):
-        if message.startswith("unrecognized arguments: "):
-            word = message.removeprefix("unrecognized arguments: ").split()[0]
-            near = [o for o in options if o.startswith(word)] or difflib.get_close_matches(word.split("=")[0], options)
-            hint = f" (did you mean {near[0]}?)" if near else ""
-            message = f"unknown option {word}{hint}; the options are {' '.join(options)}"
-        fail(message)
-
-    parser.error = usage_error
-    args = vars(parser.parse_args())
-    del args["pdb"], args["xtra"]  # call_parse's own hidden options
+    parser.allow_abbrev, parser.error = False, fail
+    parsed, unknown = parser.parse_known_args()
+    if unknown:
+        word = printable(unknown[0])
+        options = [o for a in parser._actions for o in a.option_strings if a.help != "==SUPPRESS==" and len(o) > 2]
+        near = [o for o in options if o.startswith(word)] or difflib.get_close_matches(word.split("=")[0], options)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        fail(f"unknown option {word}{hint}; the options are {' '.join(options)}")
+    args = {name: value for name, value in vars(parsed).items() if name not in ("pdb", "xtra")}  # call_parse's own
     return run_command(func, **args)
