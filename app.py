@@ -82,9 +82,8 @@ def look(classifier: Classifier, classes: list[str], path: str) -> tuple[dict[st
 
 def about(header: dict) -> str:
     """What the network knows, and what it cannot know."""
-    classes = header["classes"]
+    classes, kind = header["classes"], "held-out" if header["valid"] == "holdout" else "test"
     names = ", ".join(classes[:20]) + (" …" if len(classes) > 20 else "")
-    kind = "held-out" if header["valid"] == "holdout" else "test"
     return (
         f"It was trained on {len(classes)} classes, on pictures of 32x32 pixels: {names}. **Of anything else it knows "
         f"nothing, and still answers with one of them, sure of itself at times.** "
@@ -109,8 +108,7 @@ def page(model: Path) -> "gradio.Blocks":
             reason = str(e).removeprefix(f"{path}: ").partition(";")[0]  # the path is one of the server's
             raise gr.Error(reason, print_exception=False) from e
 
-    hour = 60 * 60  # seconds
-    with gr.Blocks(title="Custom ResNet", analytics_enabled=False, delete_cache=(hour, hour)) as blocks:
+    with gr.Blocks(title="Custom ResNet", analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:  # seconds
         gr.Markdown(f"# What is in the picture?\n\n{about(header)}")
         with gr.Row():
             with gr.Column(min_width=240):
@@ -138,13 +136,9 @@ def write_space(model: Path, folder: Path) -> None:
         raise InputError(f"--space {folder}: it is there already; name a new or an empty folder")
     _, header = load_safetensors(model)
     settings = {
-        "title": f"Custom ResNet on {header['source']}",
-        "sdk": "gradio",
-        "sdk_version": version("gradio"),
-        "python_version": "3.11",
-        "app_file": "app.py",
-        "license": "apache-2.0",
-    }
+        "title": f"Custom ResNet on {header['source']}", "sdk": "gradio", "sdk_version": version("gradio"),
+        "python_version": "3.11", "app_file": "app.py", "license": "apache-2.0",
+    }  # fmt: skip
     lines = "\n".join(f"{name}: {json.dumps(value)}" for name, value in settings.items())
     here, beside = Path(__file__).parent, folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
@@ -175,14 +169,13 @@ def main(options: Options) -> None:
         write_space(file, Path(options.space).expanduser().resolve())
         print(f"see          {options.space}\npublish      hf upload USER/NAME {options.space} --repo-type space")
         return
-    blocks = page(file)
     import gradio as gr
 
+    blocks = page(file)
     try:
         family = socket.AF_INET6 if ":" in (options.host or "") else socket.AF_INET
-        socket.create_server(
-            (options.host or "127.0.0.1", options.port or 0), family=family
-        ).close()  # gradio would try for ever
+        address = (options.host or "127.0.0.1", options.port or 0)
+        socket.create_server(address, family=family).close()  # gradio would try for ever
         _, url, _ = blocks.launch(
             server_name=options.host, server_port=options.port, max_file_size=MAX_UPLOAD, ssr_mode=False,
             theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),  # not from Google
