@@ -41,7 +41,8 @@ class LazyRecorder(Recorder):
         super().before_fit()
         self.fetched = 0
         if type(getattr(self.learn, "progress", None)) is ProgressCallback:
-            self.learn.progress.__class__ = LazyProgress  # fastai's `no_bar` puts its own bar back
+            # fastai's `no_bar` puts its own bar back; a plain assignment would go through a callback's checks
+            object.__setattr__(self.learn.progress, "__class__", LazyProgress)
 
     def after_train(self):
         super().after_train()
