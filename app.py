@@ -52,7 +52,7 @@ TOP = 5
 SIDE = 320  # pixels of the picture with the map on it
 CSS = "#picture img {width: 100%; height: 100%; object-fit: contain}"  # small pictures large
 FILES = (
-    "app.py", "errors.py", "files.py", "model.py", "images/decoding.py",
+    "app.py", "errors.py", "files.py", "model.py", "images/__init__.py", "images/decoding.py", "trained/__init__.py",
     *(f"trained/{name}.py" for name in ("classifier", "device", "header", "loading", "predictor", "safe_file")),
 )  # fmt: skip
 
