@@ -144,17 +144,21 @@ def same(a, b):
     return equal and a[1:] == b[1:]
 
 
-@pytest.fixture(scope="session")
-def learner(tmp_path_factory):
+def trained_learner(folder):
     """A learner that knows the digits after three epochs."""
     from data import get_dls
     from train_fastai import get_learner
 
-    dls = get_dls("digits", bs=64, flip=0, device="cpu")
-    learn = get_learner(dls, "demo", path=tmp_path_factory.mktemp("learner"))
+    learn = get_learner(get_dls("digits", bs=64, flip=0, device="cpu"), "demo", path=folder)
     with learn.no_bar(), learn.no_logging():
         learn.fit_one_cycle(3, 0.1)
     return learn
+
+
+@pytest.fixture(scope="session")
+def learner(tmp_path_factory):
+    """One of them for all tests that leave it as it is."""
+    return trained_learner(tmp_path_factory.mktemp("learner"))
 
 
 RESULT = {

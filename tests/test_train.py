@@ -13,7 +13,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, main
+from conftest import ROOT, main, trained_learner
 from fastai.callback.core import Callback
 from fastai.learner import load_learner
 from PIL import Image
@@ -244,9 +244,10 @@ def test_lr_find_only_stops_there(tmp_path, capsys):
     assert "python train_fastai.py --recipe demo --lr LR --width 4 --device cpu" in out
 
 
-def test_everything_a_notebook_calls_works(learner, tmp_path):
+def test_everything_a_notebook_calls_works(tmp_path):
     from matplotlib import pyplot as plt
 
+    learner = trained_learner(tmp_path)
     plt.switch_backend("agg")
     learner.remove_cb(learner.progress) if hasattr(learner, "progress") else None
     assert "Total params: 412,954" in learner.summary()
