@@ -10,7 +10,6 @@ run ends. Give it a clone of its own, at a commit, so that no work on the code r
 """
 
 import csv
-import json
 import os
 import shlex
 import signal
@@ -32,6 +31,7 @@ from figures import file_name, take_in
 from errors import InputError, Stopped, parse
 from files import locked
 from recipes import RECIPES
+from training.run import Run
 
 ROOT = Path(__file__).parents[1]
 POLL = 1.0  # seconds between two looks at the runs
@@ -46,9 +46,9 @@ class Training:
     folder: Path
 
     @property
-    def result(self) -> Path:
-        """The file that is there when it has ended."""
-        return self.folder / "result.json"
+    def ended(self) -> bool:
+        """Whether it has a result."""
+        return Run(self.folder).ended
 
     def epochs(self) -> int:
         """How many it has in all."""
@@ -121,7 +121,7 @@ class Progress:
             return
         self.seen[run] = len(rows)
         pace = median(float(row["seconds"]) for row in rows)
-        left = {r: 0 if r.result.exists() else r.epochs() - self.seen[r] for r in self.runs}
+        left = {r: 0 if r.ended else r.epochs() - self.seen[r] for r in self.runs}
         whole = pace * max(left[run], sum(left.values()) / self.jobs)
         accuracy = 100 * float(rows[-1]["valid_accuracy"])
         tell(f"{run}: epoch {len(rows)}/{run.epochs()}, {accuracy:.2f} %; left: {duration(pace * left[run])}, "
@@ -154,7 +154,7 @@ def work(runs: list[Training], jobs: int, threads: int, results: Path) -> int:
     """Train all `runs` that have not ended, `jobs` at a time; returns how many failed."""
     progress, failed = Progress(runs, jobs), 0
     active: dict[Training, subprocess.Popen] = {}
-    waiting = [run for run in runs if not run.result.exists()]
+    waiting = [run for run in runs if not run.ended]
     tell(f"{len(runs)} runs, {len(runs) - len(waiting)} of them have ended; {jobs} at a time, threads: {threads}")
     with ended(active):
         while waiting or active:
@@ -168,15 +168,18 @@ def work(runs: list[Training], jobs: int, threads: int, results: Path) -> int:
                 if process.poll() is None:
                     continue
                 del active[run]
-                if run.result.exists():
-                    result = json.loads(run.result.read_text())
-                    kept = take_in(run.folder, results)
-                    tell(f"{run}: {result['last_accuracy']:.2%} after {result['epochs']} epochs, in {kept}")
-                else:
-                    failed += 1
-                    last = (run.log.read_text().splitlines() or ["nothing was printed"])[-1]
-                    tell(f"{run}: failed with exit code {process.returncode}: {last}")
+                failed += not run.ended
+                tell(outcome(run, process.returncode, results))
     return failed
+
+
+def outcome(run: Training, code: int, results: Path) -> str:
+    """How it ended, in a line; its result goes to `results`."""
+    if not run.ended:
+        last = (run.log.read_text().splitlines() or ["nothing was printed"])[-1]
+        return f"{run}: failed with exit code {code}: {last}"
+    result = Run(run.folder).result()
+    return f"{run}: {result['last_accuracy']:.2%} after {result['epochs']} epochs, in {take_in(run.folder, results)}"
 
 
 def main(

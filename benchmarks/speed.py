@@ -6,7 +6,6 @@
 Run it on a machine that does nothing else. Only the ratios within one table mean something on another machine.
 """
 
-import os
 import platform
 import sys
 from importlib.metadata import version
@@ -89,7 +88,7 @@ def main(
 
     device = get_device(device)
     gpu = device.type == "cuda"
-    name = f"{processor()}, {os.cpu_count()} cores" if not gpu else torch.cuda.get_device_name(device)
+    name = torch.cuda.get_device_name(device) if gpu else processor()
     versions = {package: version(package) for package in ("torch", "fastai", "albumentations", "torchvision", "numpy")}
     figures = {"device": name, **code_version(), "python": platform.python_version(), "versions": versions}
     print(heading(figures))

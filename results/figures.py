@@ -9,9 +9,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from errors import InputError
 from files import write_json
 from recipes import RECIPES
+from training.run import Run
 
 HERE = Path(__file__).parent
 
@@ -23,10 +23,7 @@ def file_name(*words) -> str:
 
 def take_in(folder: Path, results: Path | None = None) -> Path:
     """Copy the run's result to `results` under a name of its own: what it trained, on what data, and its seed."""
-    try:
-        result = json.loads((folder / "result.json").read_text())
-    except OSError as e:
-        raise InputError(f"{folder}: not the folder of a run that has ended, no result.json ({e.strerror})") from e
+    result = Run(folder).result()
     result.pop("options", None)  # with paths of the machine; what counts of them stands beside them
     path = (results or HERE / "runs") / f"{file_name(how(result), *where(result), 'seed', result['seed'])}.json"
     write_json(path, result)

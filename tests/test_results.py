@@ -16,7 +16,7 @@ from errors import InputError
 RUN = {
     "recipe": "fast", "epochs": 2, "source": "cifar10", "width": 64, "valid": "test", "device_name": "a GPU",
     "parameters": 6_573_130, "norm": "batch", "seed": 0, "last_accuracy": 0.9, "tta_accuracy": 0.91,
-    "options": {"out": "/home/me/run"},
+    "options": {"out": "/home/me/run"}, "calibration_error": 0.01,
     "history": [{"epoch": n, "valid_accuracy": n / 3, "seconds": 4 - n} for n in (1, 2)],
 }  # fmt: skip
 
