@@ -22,7 +22,6 @@ from images.table import ImageTable
 from loader import Augment, KeyedDL
 
 VALID = ("test", "holdout")
-HOLDOUT = 0.1  # of each class of the training set
 
 
 def rgb_image(o: str | Path | bytes | np.ndarray | Image.Image) -> PILImage:
@@ -40,12 +39,14 @@ def get_dls(
     seed: int = 0,
     workers: int | None = None,
     valid: str = "test",
+    valid_pct: float = 0.1,
     device: str | torch.device | None = None,
     **augmentation,
 ) -> DataLoaders:
     """Training and validation loaders of (N, 3, 32, 32) normalised floats and N labels.
 
-    `valid` "test" validates on the test set; "holdout" on a tenth of each class of the training set, chosen by `seed`.
+    `valid` "test" validates on the test set; "holdout" on the part `valid_pct` of
+    each class of the training set, chosen by `seed`.
     `workers` is the number of loader processes (default: one a core up to 8 for a GPU, 0 where the CPU also trains; the
     processes of one training share a machine's cores),
     `augmentation` goes to `aug.train_transforms`. Sources are those of `images.sources.load_images`. Raises InputError.
@@ -55,12 +56,14 @@ def get_dls(
     for name, value, least in (("bs", bs, 2), ("seed", seed, 0), ("workers", 0 if workers is None else workers, 0)):
         if value < least or value >= 2**32:
             raise InputError(f"{name} is {value}: it must be at least {least} and below 2**32")
+    if not 0 < valid_pct < 1:
+        raise InputError(f"valid_pct is {valid_pct}: it must be above 0 and below 1")
     device = default_device() if device is None else torch.device(device)
     if workers is None:
         cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         workers = 0 if device.type == "cpu" else min(8, max(1, cores))
     table = load_images(source)
-    train, held_out = _split(table, valid, seed)
+    train, held_out = _split(table, valid, valid_pct, seed)
     if bs > len(train):
         raise InputError(f"bs is {bs}, but there are {len(train)} training images; use --bs {len(train)} or less")
     mean, std = table.train_stats()
@@ -86,7 +89,7 @@ def get_dls(
     return block.dataloaders(table, bs=bs, device=device, pin_memory=pin, dl_kwargs=dl_kwargs)
 
 
-def _split(table: ImageTable, valid: str, seed: int) -> tuple[list[int], list[int]]:
+def _split(table: ImageTable, valid: str, valid_pct: float, seed: int) -> tuple[list[int], list[int]]:
     """Rows to train and to validate on."""
     if valid == "test":
         return np.flatnonzero(table.is_train).tolist(), np.flatnonzero(~table.is_train).tolist()
@@ -95,6 +98,7 @@ def _split(table: ImageTable, valid: str, seed: int) -> tuple[list[int], list[in
         rows = np.flatnonzero(table.is_train & (table.labels == label))
         if len(rows) < 2:
             raise InputError(f"{table.name}: class {name!r} has one training image; a hold-out needs at least two")
-        held_out.append(np.random.default_rng([seed, label]).permutation(rows)[: max(1, round(HOLDOUT * len(rows)))])
+        n = min(max(1, round(valid_pct * len(rows))), len(rows) - 1)
+        held_out.append(np.random.default_rng([seed, label]).permutation(rows)[:n])
     held_out = np.sort(np.concatenate(held_out))
     return np.setdiff1d(np.flatnonzero(table.is_train), held_out).tolist(), held_out.tolist()

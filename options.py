@@ -40,8 +40,9 @@ class Options:
     runs: int = 1  # Seeds to train one after the other, from --seed on
     workers: int = None  # Loader processes [one a core up to 8 for a GPU, 0 on a CPU]
     valid: Annotated[str, {"choices": ["test", "holdout"]}] = (
-        "test"  # Validate on the test set, or on a tenth of the training set
+        "test"  # Validate on the test set, or on a part of the training set that is held out
     )
+    valid_pct: float = 0.1  # The part of each class that --valid holdout holds out
     device: str = "auto"  # auto, cpu, cuda, cuda:1 or mps
     precision: Annotated[str, {"choices": ["auto", "fp32", "bf16", "fp16"]}] = (
         "auto"  # Of the training; auto is the fastest that the device has, and what is measured at the end is in fp32
@@ -75,6 +76,8 @@ class Options:
             raise InputError(f"--log {self.log}: the package is not installed; pip install {self.log}")
         if self.max_minutes is not None and not self.max_minutes > 0:
             raise InputError(f"--max-minutes is {self.max_minutes}: it must be above 0")
+        if self.valid == "test" and self.valid_pct != Options.valid_pct:
+            raise InputError("--valid-pct: with --valid test nothing is held out; pass --valid holdout too")
         given = {field.name: getattr(self, field.name) for field in fields(Recipe) if hasattr(self, field.name)}
         settings = get_recipe(self.recipe, **given | {"lr": self._learning_rate()})
         processes = int(os.environ.get("WORLD_SIZE", 1))

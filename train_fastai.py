@@ -172,7 +172,7 @@ def finish(run: Run, learn: Learner, options: Options, peak: float, log: RunLog,
 
 def print_result(run: Run, options: Options, result: dict) -> None:
     """The figures, and what to do next."""
-    held_out = "a tenth of the training set" if options.valid == "holdout" else "here the test set"
+    held_out = f"{options.valid_pct:.0%} of the training set" if options.valid == "holdout" else "here the test set"
     shown = "" if options.no_pictures else "README.md with all pictures, "
     again = {"seed": options.seed + 1, "out": None, "resume": None, "max_minutes": None}
     print(f"\nlast epoch   {result['last_accuracy']:.2%} accuracy on the validation set, {held_out}")

@@ -37,7 +37,7 @@ def write_card(run: Path, options: Options, result: dict) -> None:
         classes=", ".join(result["classes"]),
         parameters=f"{result['parameters']:,}",
         figures=markdown_table(("figure", "value", ""), figures(result)),
-        images="a tenth of the training set, held out" if result["valid"] == "holdout" else "the test set",
+        images=f"{options.valid_pct:.0%} of the training set" if result["valid"] == "holdout" else "the test set",
         but="" if result["best_epoch"] == result["epochs"] else f", but for the best epoch in {result['precision']}",
         command=options.command(result["processes"], out=None, resume=None, max_minutes=None),
         settings=markdown_table(("setting", "value"), settings(result)),

@@ -10,6 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from files import write_json
+from options import Options
 from recipes import RECIPES
 from training.run import Run
 
@@ -32,7 +33,10 @@ def take_in(folder: Path, results: Path | None = None) -> Path:
 
 def where(result: dict) -> tuple:
     """What two results must have in common to be compared."""
-    return *(result[key] for key in ("source", "width", "valid")), result.get("precision", "fp32")  # older ones are
+    valid = result["valid"]
+    if (part := result.get("valid_pct", Options.valid_pct)) != Options.valid_pct:
+        valid += f" {part:.0%}"
+    return result["source"], result["width"], valid, result.get("precision", "fp32")  # older ones are
 
 
 def how(result: dict) -> str:

@@ -26,6 +26,7 @@ from figures import HERE, file_name, results, take_in
 from speed import PARTS, heading, section
 
 from errors import parse
+from options import Options
 from recipes import RECIPES
 from reporting.pictures import BLUE, MARKS, ORANGE, new_axes, save_comparison, save_figure, save_schedules
 from reporting.tables import markdown_table
@@ -73,7 +74,7 @@ def ablation_tables() -> str:
     """What a change of a setting does on a hold-out: each line against that without the change, seed by seed."""
     tables = []
     for (source, width, valid, precision), groups in results().items():
-        if valid != "holdout":
+        if valid == "test":
             continue
         rows = []
         for name, runs in groups.items():
@@ -84,8 +85,9 @@ def ablation_tables() -> str:
             tta = percent(runs, "tta_accuracy")
             cells = (over_seeds(percent(runs)), over_seeds(more) if more else "", less if more else "")
             rows.append((name, str(len(runs)), *cells, over_seeds(tta) if tta else "–"))
+        part = valid.partition(" ")[2] or f"{Options.valid_pct:.0%}"
         names = ("settings", "seeds", "last epoch, %", "more", "than", "with TTA, %")
-        title = f"{DATA.get(source, source)}, a tenth of the training set held out, width {width}, {precision}:"
+        title = f"{DATA.get(source, source)}, {part} of the training set held out, width {width}, {precision}:"
         tables.append(f"{title}\n\n{markdown_table(names, rows)}")
     return "\n\n".join(tables)
 

@@ -141,6 +141,16 @@ def nothing_to_hold_out(root):
     load_images(root)
 
 
+@bad("--valid-pct: with --valid test nothing is held out; pass --valid holdout too", "--valid-pct", "0.2")
+def a_part_of_nothing(root):
+    load_images(root)
+
+
+@bad("valid_pct is 1.0: it must be above 0 and below 1", "--valid", "holdout", "--valid-pct", "1")
+def all_held_out(root):
+    load_images(root)
+
+
 @bad("bs is 9, but there are 8 training images; use --bs 8 or less", "--bs", "9")
 def fewer_images_than_a_batch(root):
     load_images(root)  # they are good, so that they are kept

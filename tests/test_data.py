@@ -202,6 +202,8 @@ def test_holdout_is_a_balanced_tenth_of_the_training_set_chosen_by_the_seed():
     assert np.abs(np.bincount(labels) - counts / 10).max() <= 0.5
     assert held_out == set(again.valid_ds.items.rows)
     assert held_out != set(other.valid_ds.items.rows)
+    half = get_dls("digits", bs=64, valid="holdout", valid_pct=0.5, device="cpu")
+    assert np.abs(np.bincount(half.valid_ds.items.labels[half.valid_ds.items.rows]) - counts / 2).max() <= 0.5
 
 
 def test_show_batch_shows_true_colours_and_class_names(image_folder):

@@ -13,6 +13,7 @@ from fastai.torch_core import num_distrib
 
 from options import Options
 
+CHOSEN = ("norm", "seed", "valid", "valid_pct", "sync_bn", "compile", "deterministic")
 PACKAGES = ("fastai", "torch", "torchvision", "albumentations", "fastcore", "numpy", "pillow")
 
 
@@ -25,7 +26,7 @@ def describe(learn: Learner, options: Options) -> dict:
         "lr": options.lr if options.lr == "auto" else settings.lr,
         "schedule": str(settings.schedule),
         "precision": learn.mixed_precision.precision,
-        **{name: getattr(options, name) for name in ("norm", "seed", "valid", "sync_bn", "compile", "deterministic")},
+        **{name: getattr(options, name) for name in CHOSEN},
         "source": table.name,
         "fingerprint": table.fingerprint(),
         "classes": list(table.classes),

@@ -68,7 +68,8 @@ def new_learner(options: Options) -> Learner:
     settings = options.settings()
     images = in_turns(partial(load_images, settings.data))
     dls = get_dls(
-        images, settings.bs, options.seed, options.workers, options.valid, get_device(options.device),
+        images, settings.bs, options.seed, options.workers, options.valid, options.valid_pct,
+        get_device(options.device),
         pad=settings.pad, flip=settings.flip, cutout=settings.cutout,
     )  # fmt: skip
     set_seed(options.seed)

@@ -8,7 +8,7 @@ from files import write_json
 from options import Options
 from recipes import Recipe
 
-SETTINGS = (*Recipe.__annotations__, "recipe", "precision", "norm", "seed", "valid", "sync_bn", "compile")
+SETTINGS = (*Recipe.__annotations__, "recipe", "precision", "norm", "seed", "valid", "valid_pct", "sync_bn", "compile")
 SETTINGS += ("deterministic", "fingerprint")
 
 
