@@ -39,7 +39,7 @@ import torch
 from matplotlib import colormaps
 from PIL import Image
 
-from images.decoding import read_image
+from images.decoding import FORMATS, MAX_PIXELS, read_image
 from trained.classifier import Classifier, grad_cam
 from trained.loading import model_file
 from trained.safe_file import load_safetensors
@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 MAX_UPLOAD = "10mb"
 TOP = 5
 SIDE = 320  # pixels of the picture with the map on it
+UNREADABLE = f"This cannot be read as a picture: it must be one of {', '.join(FORMATS)}, of at most {MAX_PIXELS // 10**6} megapixels."
 CSS = "#picture img {width: 100%; height: 100%; object-fit: contain}"  # small pictures large
 FILES = (
     "app.py", "errors.py", "files.py", "model.py", "images/__init__.py", "images/decoding.py", "trained/__init__.py",
@@ -99,14 +100,13 @@ def page(model: Path) -> "gradio.Blocks":
     # The first pass takes a tenth of a second more than any other.
     grad_cam(classifier, np.zeros((1, 32, 32, 3), np.uint8), np.zeros(1, int))
 
-    def shown(path):
-        if path is None:
+    def shown(upload):
+        if upload is None:
             return None, None, ""
         try:
-            return look(classifier, header["classes"], path)
-        except InputError as e:
-            reason = str(e).removeprefix(f"{path}: ").partition(";")[0]  # the path is one of the server's
-            raise gr.Error(reason, print_exception=False) from e
+            return look(classifier, header["classes"], upload["path"] or "")
+        except (InputError, OSError) as e:  # whose own words name a path of the server
+            raise gr.Error(UNREADABLE, print_exception=False) from e
 
     with gr.Blocks(title="Custom ResNet", analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:  # seconds
         gr.Markdown(f"# What is in the picture?\n\n{about(header)}")
@@ -114,9 +114,8 @@ def page(model: Path) -> "gradio.Blocks":
             with gr.Column(min_width=240):
                 gr.Markdown("### Drop, paste or take a picture")
                 picture = gr.Image(
-                    show_label=False, type="filepath", image_mode=None, height=SIDE, elem_id="picture",
-                    sources=["upload", "clipboard", "webcam"],
-                )  # fmt: skip
+                    show_label=False, height=SIDE, elem_id="picture", sources=["upload", "clipboard", "webcam"]
+                )
             with gr.Column(min_width=240):
                 gr.Markdown("### What it takes it for")
                 label = gr.Label(show_label=False, num_top_classes=TOP, elem_id="answer")
@@ -124,7 +123,8 @@ def page(model: Path) -> "gradio.Blocks":
                 gr.Markdown("### What it sees, and where it looked")
                 seen = gr.Image(show_label=False, height=SIDE, interactive=False, format="png", buttons=[])
         took = gr.Markdown(elem_id="took")
-        picture.change(shown, picture, [label, seen, took], api_name="predict")
+        # The file as it was sent: gradio's own reading of it ends in a traceback where it is no picture.
+        picture.change(shown, picture, [label, seen, took], api_name="predict", preprocess=False)
         if examples := sorted(map(str, (model.parent / "examples").glob("*.png"))):
             gr.Examples(examples, picture, label="Examples: images it was not trained on", examples_per_page=12)
     return blocks
@@ -162,9 +162,7 @@ def main(options: Options) -> None:
     """The command."""
     if find_spec("gradio") is None:
         raise InputError("gradio is not installed; pip install -r requirements-app.txt")
-    file = model_file(options.model)
-    if file.suffix != ".safetensors":
-        raise InputError(f"{file}: the page takes a run folder, or its model.safetensors, and runs no other kind")
+    file = model_file(options.model, [".safetensors"])
     if options.space:
         write_space(file, Path(options.space).expanduser().resolve())
         print(f"see          {options.space}\npublish      hf upload USER/NAME {options.space} --repo-type space")

@@ -14,6 +14,15 @@ from fastcore.script import anno_parser
 
 warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated")  # fastai's import, nothing to do here
 
+OTHER_WORDS = {  # timm's, YOLO's and fastai's words for our options
+    "--amp": "--precision", "--arch": "--width", "--batch": "--bs", "--batch-size": "--bs", "--checkpoint": "--resume",
+    "--data-dir": "--data", "--dataset": "--data", "--fliplr": "--flip", "--fp16": "--precision fp16",
+    "--gpu": "--device", "--gpus": "--device", "--hflip": "--flip", "--learning-rate": "--lr", "--lr0": "--lr",
+    "--lr-max": "--lr", "--lr-rate": "--lr", "--model": "--width", "--moms": "--momentum", "--n-epoch": "--epochs",
+    "--name": "--out", "--num-workers": "--workers", "--output": "--out", "--project": "--out",
+    "--smoothing": "--label-smoothing", "--torchcompile": "--compile", "--weight-decay": "--wd",
+}  # fmt: skip
+
 
 def printable(text: str) -> str:
     """`text` for a terminal: a file's name can hold what moves its cursor, or what no terminal can show."""
@@ -89,6 +98,14 @@ def run_command(func: Callable, *args, **kwargs) -> Any:
         fail("stopped by Ctrl-C", 130)
 
 
+def right_option(word: str, options: Sequence[str]) -> str | None:
+    """The one of a command's `options` that the unknown `word` stands for, None where there is none."""
+    word = word.split("=")[0].replace("_", "-")
+    if OTHER_WORDS.get(word, word).split()[0] in options:
+        return OTHER_WORDS.get(word, word)
+    return next(iter([o for o in options if o.startswith(word)] or difflib.get_close_matches(word, options)), None)
+
+
 def parse(func: Callable, pos: Sequence[str] = ()) -> Any:
     """What `func`, a dataclass of options or a command's function, makes of the command line that its signature
     describes, as with fastcore's `call_parse`, but strictly.
@@ -102,10 +119,9 @@ def parse(func: Callable, pos: Sequence[str] = ()) -> Any:
     parser.allow_abbrev, parser.error = False, fail
     parsed, unknown = parser.parse_known_args()
     if unknown:
-        word = printable(unknown[0])
         options = [o for a in parser._actions for o in a.option_strings if a.help != "==SUPPRESS==" and len(o) > 2]
-        near = [o for o in options if o.startswith(word)] or difflib.get_close_matches(word.split("=")[0], options)
-        hint = f" (did you mean {near[0]}?)" if near else ""
-        fail(f"unknown option {word}{hint}; the options are {' '.join(options)}")
+        near = right_option(unknown[0], options)
+        hint = f" (did you mean {near}?)" if near else ""
+        fail(f"unknown option {printable(unknown[0])}{hint}; --help explains all options")
     args = {name: value for name, value in vars(parsed).items() if name not in ("pdb", "xtra")}  # call_parse's own
     return run_command(func, **args)

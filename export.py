@@ -76,7 +76,7 @@ def send(run: Path, repo: str, private: bool = False) -> str:
 
 def main(options: Options) -> None:
     """The command."""
-    file = model_file(options.run)
+    file = model_file(options.run, [".safetensors"])
     if options.to:
         path = file.with_suffix(f".{options.to}")
         WRITERS[options.to](*load_safetensors(file), path)

@@ -61,6 +61,9 @@ class Options:
     list_recipes: bool = False  # Print all recipes and stop
 
     def __post_init__(self):
+        if self.resume not in (None, "auto") and self.runs != 1:
+            every = "leave it out, or pass --resume auto with the --out of all seeds"
+            raise InputError(f"--runs {self.runs}: --resume {self.resume} goes on with one run; {every}")
         if not self.resume and not self.list_recipes:
             self.settings()  # says what is wrong at once: what comes next takes seconds
 
@@ -151,7 +154,7 @@ def read_config(run: Path) -> tuple[dict, Options]:
             raise InputError(f"{run}/config.json: of a later version of the project, with {', '.join(unknown)}")
         return {"precision": "fp32", **config}, Options(**saved)
     except OSError as e:
-        raise InputError(f"--resume {run}: there is no run to go on with, no config.json ({e.strerror})") from None
+        raise InputError(f"{run}: not the folder of a run, no config.json ({e.strerror})") from None
     except InputError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):

@@ -27,6 +27,8 @@ def load_images(source: str | Path | ImageTable) -> ImageTable:
         return source
     if source == "digits":
         return _read_digits()
+    if "://" in str(source):
+        raise InputError(f"{source}: an address, and only files are read; download it, then pass the file")
     path = Path(source).expanduser()
     try:
         if source == "cifar10":

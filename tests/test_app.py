@@ -45,7 +45,9 @@ def space(trained, tmp_path_factory):
 def url(space):
     """Where `python app.py` in that folder, without this project on the path, shows the page."""
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    process = subprocess.Popen([sys.executable, "-u", "app.py"], cwd=space, env=env, stdout=subprocess.PIPE, text=True)
+    with (space.parent / "stderr.txt").open("w") as errors:
+        command = [sys.executable, "-u", "app.py"]
+        process = subprocess.Popen(command, cwd=space, env=env, stdout=subprocess.PIPE, stderr=errors, text=True)
     line = process.stdout.readline()
     try:
         assert line.startswith("see          http://127.0.0.1:")
@@ -88,14 +90,16 @@ def test_the_api_says_what_the_model_says(url, trained):
         assert re.fullmatch(r"\d+ ms to read the picture, [\d.]+ ms to classify it, \d+ ms for the map \(.*\)", took)
 
 
-def test_the_api_refuses_what_is_no_picture_and_what_is_too_large(url, tmp_path):
+def test_the_api_refuses_what_is_no_picture_and_what_is_too_large(url, space, tmp_path):
     client = Client(url, verbose=False)
     (tmp_path / "words.png").write_text("these are words")
-    with pytest.raises(AppError, match="cannot identify image file"):
-        client.predict(handle_file(str(tmp_path / "words.png")), api_name="/predict")
     Image.new("1", (9000, 8000)).save(tmp_path / "many.png")
-    with pytest.raises(AppError, match=r"not a readable image \(9000x8000 pixels, too many\)"):
-        client.predict(handle_file(str(tmp_path / "many.png")), api_name="/predict")
+    Image.new("L", (9, 9)).save(tmp_path / "scan.tiff")
+    for name in ("words.png", "many.png", "scan.tiff"):
+        with pytest.raises(AppError) as said:
+            client.predict(handle_file(str(tmp_path / name)), api_name="/predict")
+        assert str(said.value) == app_module.UNREADABLE
+    assert (space.parent / "stderr.txt").read_text() == "", "no traceback where the page runs"
     (tmp_path / "large.png").write_bytes(bytes(11_000_000))
     with pytest.raises(Exception, match=r"413|larger|exceed"):
         client.predict(handle_file(str(tmp_path / "large.png")), api_name="/predict")
@@ -161,7 +165,7 @@ def test_what_is_no_picture_is_a_message(page, tmp_path):
     page.reload()
     shutil.copy(tmp_path / "words.txt", tmp_path / "words.png")
     page.locator("input[type=file]").set_input_files(tmp_path / "words.png")
-    expect(page.get_by_text("cannot identify image file")).to_be_visible(timeout=30_000)
+    expect(page.get_by_text(app_module.UNREADABLE)).to_be_visible(timeout=30_000)
 
 
 # What goes wrong, and the picture
@@ -170,8 +174,8 @@ def test_what_is_no_picture_is_a_message(page, tmp_path):
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        ([], "model.safetensors: no such file; pass a run folder"),
-        (["TRAINED/export.pkl"], "the page takes a run folder, or its model.safetensors, and runs no other kind"),
+        ([], "model.safetensors: no such file; pass a run folder, or a model's .safetensors\n"),
+        (["TRAINED/export.pkl"], "export.pkl: this takes a run folder, or a model's .safetensors\n"),
         (["TRAINED", "--space", "TRAINED"], "it is there already; name a new or an empty folder"),
         (["TRAINED", "--space", "TRAINED/export.pkl/space"], "cannot be written"),
         (["TRAINED", "--port", "BUSY"], "cannot listen there ([Errno 98] Address already in use"),
@@ -186,7 +190,9 @@ def test_what_cannot_be_done_is_one_line(trained, words, line, tmp_path):
         words = [re.sub("TRAINED|BUSY", lambda m: stand_for[m[0]], word) for word in words]
         result = app(*words, cwd=tmp_path)
     assert result.returncode == 2, result.stdout
-    assert re.fullmatch(rf"app.py: error: .*{re.escape(line)}.*\n", result.stderr), result.stderr
+    assert result.stderr.startswith("app.py: error: ")
+    assert line in result.stderr
+    assert result.stderr.count("\n") == 1
 
 
 def test_without_gradio_it_says_what_to_install(trained, monkeypatch):

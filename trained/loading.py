@@ -1,5 +1,6 @@
 """Any file of a trained model, read by the reader of its kind."""
 
+from collections.abc import Iterable
 from importlib import import_module
 from pathlib import Path
 
@@ -10,13 +11,15 @@ from trained.predictor import Model
 LOADERS = {".safetensors": "safe_file", ".pkl": "learner_file", ".onnx": "onnx_file", ".pt2": "pt2_file"}
 
 
-def model_file(path: str | Path) -> Path:
-    """The file itself, or the safe one in the folder of a run. Raises InputError where there is none."""
+def model_file(path: str | Path, kinds: Iterable[str] = tuple(LOADERS)) -> Path:
+    """The file itself, or the safe one in the folder of a run. Raises InputError where there is none of these kinds."""
     path = Path(path).expanduser()
     file = path / "model.safetensors" if path.is_dir() else path
     if not file.is_file():
         what = "not the folder of a run that has ended, no model.safetensors in it" if path.is_dir() else "no such file"
-        raise InputError(f"{path}: {what}; pass a run folder, or a model's {', '.join(LOADERS)}")
+        raise InputError(f"{path}: {what}; pass a run folder, or a model's {', '.join(kinds)}")
+    if file.suffix not in kinds:
+        raise InputError(f"{file}: this takes a run folder, or a model's {', '.join(kinds)}")
     return file
 
 
@@ -26,6 +29,4 @@ def load_model(path: str | Path, device: str = "auto") -> Model:
     A `.pkl` runs what its author put in it, and so may a `.pt2`. ONNX and pt2 files run on the CPU. Raises InputError.
     """
     file = model_file(path)
-    if file.suffix not in LOADERS:
-        raise InputError(f"{file}: a model ends in {', '.join(LOADERS)}")
     return import_module(f"trained.{LOADERS[file.suffix]}").load(file, device)

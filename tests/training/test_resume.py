@@ -252,7 +252,7 @@ def test_a_run_of_an_earlier_version_goes_on_with_the_defaults_of_what_it_lacks(
 
 
 def test_no_run_no_resume(tmp_path):
-    with pytest.raises(InputError, match=r"nothing: there is no run to go on with, no config\.json"):
+    with pytest.raises(InputError, match=r"nothing: not the folder of a run, no config\.json"):
         main(resume=str(tmp_path / "nothing"))
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(InputError, match=r"config\.json: not that of a run of this version"):
