@@ -6,7 +6,7 @@
 RUN is the folder of a run that has ended.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated
 
 from errors import InputError, parse, run_command
@@ -32,6 +32,7 @@ from reporting.evaluation import evaluate
 from reporting.pictures import save_augmentations, save_comparison, save_lr_find
 from reporting.report import write_report
 from reporting.tables import runs_table
+from trained.device import get_device
 from training.learner import new_learner
 from training.lr_finder import RangeTest
 from training.run import Run
@@ -41,7 +42,7 @@ def draw_again(run: Run, device: str) -> None:
     """All pictures of the run and its README, from its weights and the images it was trained on."""
     result = run.result()
     _, options = read_config(run.folder)
-    learn = new_learner(replace(options, device=device, resume=None))
+    learn = new_learner(options, get_device(device))
     if learn.dls.train_ds.items.fingerprint() != result["fingerprint"]:
         raise InputError(f"{run}: the images in {result['data']} are not those that it was trained on")
     learn.path = run.folder

@@ -65,8 +65,8 @@ def train(options: Options, cbs: Sequence[Callback] = ()) -> dict | None:
         elif result := on_rank0(Run(folder).result_if_ended):
             print(f"finished     {folder}: {result['last_accuracy']:.2%} accuracy after {result['epochs']} epochs")
             return result
-        check_device(options.device, options.deterministic, options.sync_bn, options.compile)
-        learn = new_learner(options)
+        device = check_device(options.device, options.deterministic, options.sync_bn, options.compile)
+        learn = new_learner(options, device)
         config = describe(learn, options)
         with in_its_folder(learn, on_rank0(open_run, folder, options, config)) as run:
             show_start(run, learn, options, config)

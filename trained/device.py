@@ -6,6 +6,8 @@ import torch
 
 from errors import InputError
 
+CUBLAS_WORKSPACE = ":4096:8"  # else cuBLAS may sum in a changing order
+
 
 def get_device(name: str) -> torch.device:
     """The torch device of that name, checked for being there; "auto" is the best one there is.
@@ -35,17 +37,20 @@ def get_device(name: str) -> torch.device:
         names = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
         names += ["mps"] if torch.backends.mps.is_available() else []
         raise InputError(f"--device {name}: no such device here; this machine has {', '.join(names)}") from None
+    if device.index is not None and device.type == "cuda":
+        torch.cuda.set_device(device)  # else what names no device, as pinned memory, takes a part of the first GPU
     return torch.device("cuda", torch.cuda.current_device()) if name == "cuda" else device
 
 
-def check_device(name: str, deterministic: bool, sync_bn: bool, compiled: bool) -> None:
-    """Set what torch is to do on the device of that name. Raises InputError for what it cannot do there."""
+def check_device(name: str, deterministic: bool, sync_bn: bool, compiled: bool) -> torch.device:
+    """The device of that name, and what torch is to do there set. Raises InputError for what it cannot do there."""
     device = get_device(name)
     set_deterministic(deterministic, device)
     if sync_bn and device.type != "cuda":
         raise InputError("--sync-bn: torch has batch norm over several processes for GPUs alone; leave it out")
     if compiled:
         check_compiler(device)
+    return device
 
 
 def set_deterministic(on: bool, device: torch.device) -> None:
@@ -57,7 +62,7 @@ def set_deterministic(on: bool, device: torch.device) -> None:
         raise InputError("--deterministic: torch has no deterministic max-pooling on mps; leave it out")
     on = on and device.type == "cuda"
     if on:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS may sum in a changing order
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", CUBLAS_WORKSPACE)  # before the first product: read once
     if on != torch.are_deterministic_algorithms_enabled():  # the next line imports for more than a second
         torch.use_deterministic_algorithms(on)
 

@@ -67,9 +67,7 @@ class Checkpoint(Callback):
             self.learn.scaler.load_state_dict(self.state["scaler"])
         for cb in self._kept_callbacks():
             cb.load_state_dict(self.state["callbacks"][type(cb).__name__])
-        states = self.state["random"]
-        name, keys, *rest = states["numpy_state"]
-        set_random_states(**{**states, "numpy_state": (name, np.array(keys, dtype=np.uint32), *rest)})
+        _restore_generators(self.state["random"])
         self.dls.train.begin_at(*self.state["loader"])
 
     def before_train(self):
@@ -136,6 +134,15 @@ def _without_numpy(state: dict) -> dict:
     for group in state["param_groups"]:
         group.update({name: value.item() for name, value in group.items() if isinstance(value, np.generic)})
     return state
+
+
+def _restore_generators(saved: dict) -> None:
+    """Random generators as they were; cuDNN's flags, which fastai keeps with them, stay those of this device."""
+    own, (name, keys, *rest) = get_random_states(), saved["numpy_state"]
+    states = {**own, **{key: saved[key] for key in ("random_state", "torch_state")}}
+    states["numpy_state"] = name, np.array(keys, dtype=np.uint32), *rest
+    states["torch_cuda_state"] = saved["torch_cuda_state"][: len(own["torch_cuda_state"])]  # a machine with fewer GPUs
+    set_random_states(**states)
 
 
 def load_checkpoint(run: Path, model: nn.Module) -> dict | None:

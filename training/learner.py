@@ -22,7 +22,6 @@ from images.sources import load_images
 from model import CustomResNet
 from options import Options
 from recipes import Recipe, get_recipe
-from trained.device import get_device
 from trained.learner_file import carry_our_code
 from training.callbacks import LazyProgress, LazyRecorder
 from training.distributed import in_turns
@@ -63,13 +62,12 @@ def get_learner(
     return Learner(dls, model, **{**settings, **kwargs})
 
 
-def new_learner(options: Options) -> Learner:
-    """The learner that the command trains with these options, its weights drawn from the seed."""
+def new_learner(options: Options, device: torch.device) -> Learner:
+    """The learner that the command trains with these options on `device`, its weights drawn from the seed."""
     settings = options.settings()
     images = in_turns(partial(load_images, settings.data))
     dls = get_dls(
-        images, settings.bs, options.seed, options.workers, options.valid, options.valid_pct,
-        get_device(options.device),
+        images, settings.bs, options.seed, options.workers, options.valid, options.valid_pct, device,
         pad=settings.pad, flip=settings.flip, cutout=settings.cutout,
     )  # fmt: skip
     set_seed(options.seed)
