@@ -1,8 +1,9 @@
 """Augmentation with albumentations, and the rule for its randomness.
 
-What happens to a sample depends only on (seed, epoch, position in the epoch): not on the number of workers, and not on
-what was drawn before. An `A.Compose` left alone draws from a generator made when it was built. fastai's workers are
-forked from the same parent every epoch, so they would all repeat the same draws, in every epoch.
+What happens to a sample depends only on (seed, epoch, position in the epoch), and where flips alternate on which image
+it is: not on the number of workers, and not on what was drawn before. An `A.Compose` left alone draws from a generator
+made when it was built. fastai's workers are forked from the same parent every epoch, so they would all repeat the same
+draws, in every epoch.
 """
 
 import os
@@ -79,10 +80,18 @@ class BitRandom(random.Random):
         return value >> (-k % 64)
 
 
-class KeyedAugment:
-    """An albumentations pipeline whose randomness is keyed: the same (seed, epoch, position), the same result."""
+_AUGMENTATION, _PARITY = 0, 1  # what a stream of random numbers is for
 
-    def __init__(self, transforms: A.Compose, seed: int = 0):
+
+class KeyedAugment:
+    """An albumentations pipeline whose randomness is keyed: the same (seed, epoch, position), the same result.
+
+    With `alternating` an image comes one way round in even epochs and the other way in odd ones, so that any two epochs
+    in a row show both. Source: Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU" (2024), section 3.6.
+    """
+
+    def __init__(self, transforms: A.Compose, seed: int = 0, alternating: bool = False):
+        self.alternating = alternating
         first = next(iter(transforms.transforms), None)
         self.pad = None
         if isinstance(first, A.PadIfNeeded) and first.position != "random" and first.p == transforms.p == 1:
@@ -93,15 +102,30 @@ class KeyedAugment:
         self._start = self._bits.state
         self.transforms.set_random_state(np.random.Generator(self._bits), BitRandom(self._bits))
 
-    def __call__(self, images: np.ndarray, epoch: int, positions: Sequence[int]) -> np.ndarray:
-        """Augment uint8 (n, H, W, 3) images that stand at `positions` of `epoch`; a new array of the same shape."""
+    def __call__(
+        self, images: np.ndarray, epoch: int, positions: Sequence[int], rows: Sequence[int] = ()
+    ) -> np.ndarray:
+        """Augment uint8 (n, H, W, 3) images that stand at `positions` of `epoch`; a new array of the same shape.
+
+        rows: what each image is called; it counts where flips alternate.
+        """
         out = np.empty_like(images)
+        if self.alternating:
+            turned = [self._stream(0, row, _PARITY).random_raw() + epoch & 1 for row in rows]
+            images = np.where(np.array(turned, bool)[:, None, None, None], images[:, :, ::-1], images)
         if self.pad is not None:
             images = self.pad(images=images)["images"]
         for i, position in enumerate(positions):
-            # Philox is counter-based: key and counter are its whole state, so that going to a sample's own stream
-            # costs 1 µs, where seeding a generator costs 7 to 20. The counter's first word counts the stream's draws.
-            self._start["state"]["counter"][:] = (0, position, epoch, 0)
-            self._bits.state = self._start
+            self._stream(epoch, position, _AUGMENTATION)
             out[i] = self.transforms(image=images[i])["image"]
         return out
+
+    def _stream(self, epoch: int, place: int, purpose: int) -> np.random.BitGenerator:
+        """The bit generator, at the beginning of a stream of its own.
+
+        Philox is counter-based: key and counter are its whole state, so that going to a stream costs 1 µs, where
+        seeding a generator costs 7 to 20. The counter's first word counts the stream's draws.
+        """
+        self._start["state"]["counter"][:] = (0, place, epoch, purpose)
+        self._bits.state = self._start
+        return self._bits

@@ -20,6 +20,7 @@ from images.decoding import to_rgb
 from images.sources import load_images
 from images.table import ImageTable
 from loader import Augment, KeyedDL
+from recipes import FLIPS
 
 VALID = ("test", "holdout")
 
@@ -39,8 +40,9 @@ def get_dls(
     seed: int = 0,
     workers: int | None = None,
     valid: str = "test",
-    valid_pct: float = 0.1,
     device: str | torch.device | None = None,
+    valid_pct: float = 0.1,
+    flips: str = "random",
     **augmentation,
 ) -> DataLoaders:
     """Training and validation loaders of (N, 3, 32, 32) normalised floats and N labels.
@@ -49,10 +51,12 @@ def get_dls(
     each class of the training set, chosen by `seed`.
     `workers` is the number of loader processes (default: one a core up to 8 for a GPU, 0 where the CPU also trains; the
     processes of one training share a machine's cores),
+    `flips` "alternating" has every image come the other way round from epoch to epoch, unless `flip` is 0;
     `augmentation` goes to `aug.train_transforms`. Sources are those of `images.sources.load_images`. Raises InputError.
     """
-    if valid not in VALID:
-        raise InputError(f"valid is {valid!r}: it must be one of {', '.join(VALID)}")
+    for name, value, known in (("valid", valid, VALID), ("flips", flips, FLIPS)):
+        if value not in known:
+            raise InputError(f"{name} is {value!r}: it must be one of {', '.join(known)}")
     for name, value, least in (("bs", bs, 2), ("seed", seed, 0), ("workers", 0 if workers is None else workers, 0)):
         if value < least or value >= 2**32:
             raise InputError(f"{name} is {value}: it must be at least {least} and below 2**32")
@@ -70,6 +74,9 @@ def get_dls(
     if min(std) == 0:
         raise InputError(f"{table.name}: a colour channel has one value in all images; there is nothing to learn from")
     augmentation = {"fill": [round(255 * m) for m in mean], **augmentation}
+    alternating = flips == "alternating" and augmentation.get("flip", 1) > 0
+    if alternating:
+        augmentation["flip"] = 0  # done, without chance, before all else
     block = DataBlock(
         blocks=(
             TransformBlock(type_tfms=rgb_image, item_tfms=ToTensor, batch_tfms=IntToFloatTensor),
@@ -78,7 +85,7 @@ def get_dls(
         get_x=AttrGetter("image"),
         get_y=AttrGetter("label"),
         splitter=lambda _: (train, held_out),
-        item_tfms=Augment(KeyedAugment(train_transforms(**augmentation), seed)),
+        item_tfms=Augment(KeyedAugment(train_transforms(**augmentation), seed, alternating)),
         batch_tfms=Normalize.from_stats(mean, std, cuda=False),
         dl_type=KeyedDL,
     )

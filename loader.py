@@ -30,17 +30,18 @@ warnings.filterwarnings("ignore", "This DataLoader will create")  # more process
 class Augment(Transform):
     """Augmentation of training images as fastai's item transform; `KeyedDL` has its `pipeline` take whole batches.
 
-    pipeline: uint8 (n, 32, 32, 3), an epoch and n positions in it → the same shape. key: (epoch, position) of an item.
+    pipeline: uint8 (n, 32, 32, 3), an epoch, n positions in it and n rows of the table → the same shape.
+    key: (epoch, position, row) of an item.
     """
 
     split_idx = 0
 
-    def __init__(self, pipeline: Callable[[np.ndarray, int, Sequence[int]], np.ndarray]):
-        self.pipeline, self.key = pipeline, (0, 0)
+    def __init__(self, pipeline: Callable[[np.ndarray, int, Sequence[int], Sequence[int]], np.ndarray]):
+        self.pipeline, self.key = pipeline, (0, 0, 0)
 
     def encodes(self, image: PILImage):
-        epoch, position = self.key
-        return PILImage.create(self.pipeline(np.asarray(image)[None], epoch, [position])[0])
+        epoch, position, row = self.key
+        return PILImage.create(self.pipeline(np.asarray(image)[None], epoch, [position], [row])[0])
 
 
 class Batches(Dataset):
@@ -77,12 +78,12 @@ class Batches(Dataset):
             return self.by_item.do_batch([item for item in items if item is not None])  # a transform may skip one
         images, *labels = self.dataset.items.batch(rows)[: len(self.dataset.tls)]  # a test set has no labels
         for augment in self.augments:
-            images = augment.pipeline(images, epoch, positions)
+            images = augment.pipeline(images, epoch, positions, rows)
         return _typed(torch.from_numpy(images), *labels)
 
     def _item(self, epoch: int, position: int, row: int) -> tuple | None:
         for augment in self.augments:
-            augment.key = epoch, position
+            augment.key = epoch, position, row
         random.seed(f"{self.seed} {epoch} {position}")  # what other transforms draw is keyed, too
         np.random.seed(random.getrandbits(32))
         torch.default_generator.manual_seed(random.getrandbits(32))

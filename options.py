@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated
 
 from errors import InputError
-from recipes import RECIPES, Recipe, get_recipe
+from recipes import FLIPS, RECIPES, Recipe, get_recipe
 
 # What changes nothing in what is learned, so that a resumed run may have it otherwise
 FREE = ("resume", "out", "runs", "device", "workers", "max_minutes", "log", "no_pictures")
@@ -32,9 +32,13 @@ class Options:
     label_smoothing: float = None  # Part of the target that is spread over all classes [the recipe's]
     logit_scale: float = None  # What the network's output is multiplied by [the recipe's]
     flip: float = None  # Probability of a horizontal flip [the recipe's]
+    flips: Annotated[str, {"choices": list(FLIPS)}] = None  # Each by chance, or all from epoch to epoch [the recipe's]
     pad: int = None  # Pixels of reflection around an image before the random crop [the recipe's]
     cutout: int = None  # Side of the square hole in pixels, 0 for none [the recipe's]
     cutmix: float = None  # Alpha of CutMix's Beta distribution, 0 for none [the recipe's]
+    whiten: float = None  # Epsilon of the whitening of the first convolution, 0 for none [the recipe's]
+    norm_bias_lr: float = None  # Times the learning rate for the norms' biases; but 1, no scales [the recipe's]
+    ema: float = None  # Part of the weights' moving average that a step keeps, 0 for none [the recipe's]
     norm: Annotated[str, {"choices": ["batch", "layer", "group"]}] = "batch"  # Normalisation layers
     seed: int = 0  # Of the weights, the order of the images and their augmentation
     runs: int = 1  # Seeds to train one after the other, from --seed on

@@ -35,17 +35,19 @@ class Curve:
 
 @dataclass(frozen=True)
 class OneCycle(Curve):
-    """fastai's `fit_one_cycle`: by a cosine from peak / 25 to the peak at `pct_start`, and down to peak / 100,000."""
+    """fastai's `fit_one_cycle`: by a cosine from peak / 25 to the peak at `pct_start`, and down to peak / div_final."""
 
     pct_start: float
+    div_final: float = 1e5
 
     def fit(self, learn: "Learner", epochs: int, peak: float, cbs: "Sequence[Callback]" = (), start: int = 0) -> None:
-        learn.fit_one_cycle(epochs, peak, pct_start=self.pct_start, cbs=cbs, start_epoch=start)
+        options = {"pct_start": self.pct_start, "div_final": self.div_final}
+        learn.fit_one_cycle(epochs, peak, **options, cbs=cbs, start_epoch=start)
 
     def lr(self, peak: float, position: float) -> float:
         rising = position < self.pct_start
         within = position / self.pct_start if rising else (position - self.pct_start) / (1 - self.pct_start)
-        start, end = (peak / 25, peak) if rising else (peak, peak / 1e5)
+        start, end = (peak / 25, peak) if rising else (peak, peak / self.div_final)
         return start + (end - start) * (1 - cos(pi * within)) / 2
 
 
@@ -100,6 +102,9 @@ class Plateau:
 Schedule = OneCycle | Linear | Cyclic | Plateau
 
 
+FLIPS = ("random", "alternating")
+
+
 @dataclass(frozen=True)
 class Recipe:
     """SGD under a schedule: all that a run depends on, but for its seed. Raises InputError for a value out of range."""
@@ -116,20 +121,28 @@ class Recipe:
     logit_scale: float
     width: int  # channels of the first stage
     flip: float  # probability of a horizontal flip
+    flips: str  # "random", or "alternating" from epoch to epoch
     pad: int  # pixels of reflection around the image before the random crop
     cutout: int  # side of the square hole in pixels, 0 for none
     cutmix: float  # alpha of the Beta distribution of fastai's CutMix, 0 for none
+    whiten: float  # epsilon of the whitening of the first convolution, 0 for none
+    norm_bias_lr: float  # the norms' biases have so many times the learning rate; unless it is 1, no norm has a scale
+    ema: float  # part of the average of the weights that is kept at a step, 0 for no average
 
     def __post_init__(self):
         for name, least, most in (
             ("epochs", 1, 10_000), ("bs", 2, 1_000_000), ("lr", 0, 1_000), ("momentum", 0, 1), ("wd", 0, 1),
             ("label_smoothing", 0, 1), ("logit_scale", 0, 1_000), ("width", 1, 4096),
             ("flip", 0, 1), ("pad", 0, 31), ("cutout", 0, 32), ("cutmix", 0, 1_000),
+            ("whiten", 0, 1), ("norm_bias_lr", 0, 1_000), ("ema", 0, 0.9999),
         ):  # fmt: skip
             value = getattr(self, name)
-            word = "above" if name in ("lr", "momentum", "logit_scale") else "from"  # Nesterov needs a momentum
-            if not least <= value <= most or (word == "above" and value == 0):
+            above_0 = name in ("lr", "momentum", "logit_scale", "norm_bias_lr")  # Nesterov needs a momentum
+            if not least <= value <= most or (above_0 and value == 0):
+                word = "above" if above_0 else "from"
                 raise InputError(f"{name} is {value}: it must be {word} {least} and at most {most}")
+        if self.flips not in FLIPS:
+            raise InputError(f"flips is {self.flips!r}: it must be one of {', '.join(FLIPS)}")
 
 
 # David Page's cifar10-fast, `dawn.py`: the same network, and the starting point of ours.
@@ -146,9 +159,13 @@ ANCESTOR = Recipe(
     logit_scale=0.125,  # max-pooled features are large: unscaled, the loss starts at 3.4 instead of ln 10 = 2.3
     width=64,  # 6.6 M parameters
     flip=0.5,  # a photograph is as good from either side
+    flips="random",
     pad=4,  # an eighth of the side, as in He et al. (2015)
     cutout=8,  # a quarter of the side: hides a part, seldom the whole object
     cutmix=0.0,
+    whiten=0.0,
+    norm_bias_lr=1.0,
+    ema=0.0,
 )
 # torch's OneCycleLR with pct_start 0.208, over 24 epochs of 98 batches: that puts the peak at step 0.208 * 2352 - 1 of
 # 2352, and the end one step before the last.

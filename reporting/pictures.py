@@ -44,7 +44,7 @@ def save_augmentations(dls: DataLoaders, path: Path, columns: int = 8, draws: in
     table, augment = dls.train_ds.items, dls.train.after_item.augment.pipeline
     rows = np.random.default_rng(0).permutation(len(table))[:columns].tolist()
     originals, labels = table.batch(rows)
-    grid = [originals] + [augment(originals, epoch, range(columns)) for epoch in range(draws)]
+    grid = [originals] + [augment(originals, epoch, range(columns), rows) for epoch in range(draws)]
     figure = Figure(figsize=(1.2 * columns, 1.2 * (draws + 1) + 0.5), layout="constrained")
     axes = figure.subplots(draws + 1, columns, squeeze=False)
     for i, images in enumerate(grid):

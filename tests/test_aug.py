@@ -195,6 +195,22 @@ def test_padding_with_randomness_is_keyed_like_the_rest(options):
     assert np.array_equal(augment(images[8:], 0, range(8, 64)), out[8:])
 
 
+def test_alternating_flips_turn_every_image_from_epoch_to_epoch():
+    images, rows = np.random.default_rng(0).integers(0, 256, (2000, 32, 32, 3), dtype=np.uint8), np.arange(2000) + 7
+    augment = KeyedAugment(train_transforms(pad=0, flip=0, cutout=0), 3, alternating=True)
+    epochs = [augment(images, epoch, range(2000), rows) for epoch in range(3)]
+    turned = [(out == images[:, :, ::-1]).all((1, 2, 3)) for out in epochs]
+    assert all((out == images).all((1, 2, 3))[~t].all() for out, t in zip(epochs, turned, strict=True))
+    assert (turned[0] != turned[1]).all()
+    assert (turned[0] == turned[2]).all()
+    assert abs(turned[0].mean() - 0.5) < 0.05, "half of them begin turned"
+    order = np.random.default_rng(1).permutation(2000)
+    again = augment(images[order], 1, range(2000), rows[order])
+    assert np.array_equal(again, epochs[1][order]), "wherever in the epoch an image stands"
+    other = KeyedAugment(train_transforms(pad=0, flip=0, cutout=0), 4, alternating=True)(images, 0, range(2000), rows)
+    assert not np.array_equal(other, epochs[0]), "another seed, other images"
+
+
 def test_half_of_the_images_are_flipped():
     images = np.random.default_rng(0).integers(0, 256, (2000, 32, 32, 3), dtype=np.uint8)
     out = KeyedAugment(train_transforms(pad=0, cutout=0))(images, 0, range(2000))

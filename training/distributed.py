@@ -112,6 +112,12 @@ def highest(number: int) -> int:
     return int(named)
 
 
+def same_buffers(model: nn.Module) -> None:
+    """Give all processes rank 0's buffers: batch norm's statistics."""
+    for buffer in model.buffers() if num_distrib() > 1 else ():
+        dist.broadcast(buffer, 0)
+
+
 @contextmanager
 def all_ranks(learn: Learner, sync_bn: bool = False) -> Iterator[None]:
     """Within this, `learn` trains in all processes as one; losses and metrics are those of all.
@@ -142,8 +148,7 @@ def all_ranks(learn: Learner, sync_bn: bool = False) -> Iterator[None]:
             # Without the wrapper, as no two processes need have the same number of batches to test on
             super().before_validate()
             self.learn.model = self.wrapped.module
-            for buffer in self.model.buffers():
-                dist.broadcast(buffer, 0)
+            same_buffers(self.model)
 
         def after_validate(self):
             self.learn.model = self.wrapped

@@ -12,7 +12,6 @@ from fastai.data.core import DataLoaders
 from fastai.learner import Learner, Recorder
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
-from fastai.optimizer import OptimWrapper
 from fastai.torch_core import set_seed
 from fastcore.basics import defaults
 from fastcore.foundation import L
@@ -23,9 +22,12 @@ from model import CustomResNet
 from options import Options
 from recipes import Recipe, get_recipe
 from trained.learner_file import carry_our_code
+from training.averaging import WeightAverage
 from training.callbacks import LazyProgress, LazyRecorder
 from training.distributed import in_turns
+from training.optimizer import SGD, norm_biases_apart
 from training.precision import MixedPrecision, choose_precision
+from training.whitening import Whitening, whitening_matrix
 
 
 def get_learner(
@@ -45,13 +47,18 @@ def get_learner(
     cbs.append(MixedPrecision(choose_precision(precision, dls.device)))
     if recipe.cutmix:
         cbs.append(CutMix(recipe.cutmix))
+    if recipe.whiten:
+        cbs.append(Whitening(whitening_matrix(dls, recipe.whiten)))
+        cbs[-1].start(model.body[0])
+    if recipe.ema:
+        cbs.append(WeightAverage(recipe.ema))
     if dls.device.type == "cuda":
         # Batches have one shape: cuDNN tries its ways once and keeps the best, which is not always the same one.
         torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
+    opt_func = partial(SGD, momentum=recipe.momentum, nesterov=recipe.nesterov)
     settings = {
         "loss_func": CrossEntropyLossFlat(label_smoothing=recipe.label_smoothing),
-        # fastai's own SGD has no Nesterov momentum
-        "opt_func": partial(OptimWrapper, opt=torch.optim.SGD, momentum=recipe.momentum, nesterov=recipe.nesterov),
+        "opt_func": opt_func,
         "lr": recipe.lr,
         "wd": recipe.wd,
         "moms": (recipe.momentum,) * 3,  # constant, where fastai's default cycles it against the learning rate
@@ -59,6 +66,10 @@ def get_learner(
         "cbs": [*cbs, *L(kwargs.pop("cbs", None))],
         "default_cbs": False,
     }
+    if recipe.norm_bias_lr != 1:
+        # A scale does little before a convolution that can scale, too: without it, the biases can be fast.
+        settings["opt_func"] = partial(opt_func, lr_scales=(recipe.norm_bias_lr, 1.0))
+        settings["splitter"] = norm_biases_apart
     return Learner(dls, model, **{**settings, **kwargs})
 
 
@@ -67,7 +78,7 @@ def new_learner(options: Options, device: torch.device) -> Learner:
     settings = options.settings()
     images = in_turns(partial(load_images, settings.data))
     dls = get_dls(
-        images, settings.bs, options.seed, options.workers, options.valid, options.valid_pct, device,
+        images, settings.bs, options.seed, options.workers, options.valid, device, options.valid_pct, settings.flips,
         pad=settings.pad, flip=settings.flip, cutout=settings.cutout,
     )  # fmt: skip
     set_seed(options.seed)

@@ -1,0 +1,108 @@
+"""The moving average of the weights: what is tested and kept, and what goes on training."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from conftest import StopAt, main, outcome, same
+from fastai.callback.core import Callback
+from fastai.torch_core import set_seed
+
+from data import get_dls
+from errors import Stopped
+from recipes import get_recipe
+from train_fastai import get_learner
+from trained.safe_file import load_safetensors
+
+DECAY, EVERY, EPOCHS, STEPS = 0.9, 5, 2, 22  # steps an epoch
+OPTIONS = {"recipe": "demo", "width": 2, "device": "cpu", "no_lr_find": True, "no_pictures": True}
+
+
+class Weights(Callback):
+    """Keeps the network's weights after every step, and those that each validation sees."""
+
+    order = 70  # before they are averaged
+
+    def before_fit(self):
+        self.steps, self.seen = [], []
+
+    def after_batch(self):
+        into = self.steps if self.training else self.seen
+        into.append(torch.cat([t.detach().flatten().float() for t in self.model.state_dict().values()]))
+
+
+@pytest.fixture(scope="module")
+def averaged(tmp_path_factory):
+    """A learner, what it saw in training, and what that should have averaged to after each epoch."""
+    recipe, seen = get_recipe("demo", width=2, ema=DECAY), Weights()
+    dls = get_dls("digits", bs=64, flip=0, device="cpu")
+    set_seed(0)
+    learn = get_learner(dls, recipe, path=tmp_path_factory.mktemp("averaged"))
+    with learn.no_bar(), learn.no_logging():
+        learn.fit_one_cycle(EPOCHS, 0.1, cbs=seen)
+    kept = seen.steps[EVERY - 1 :: EVERY]
+    average, at_end = kept[0], {}
+    for i, weights in enumerate(kept):
+        average = torch.lerp(weights, average, DECAY**EVERY)
+        at_end[(i + 1) * EVERY // STEPS] = average
+        at_end[((i + 1) * EVERY - 1) // STEPS] = average
+    return learn, seen, at_end
+
+
+def test_validation_sees_the_average_and_training_goes_on_without_it(averaged):
+    learn, seen, at_end = averaged
+    first, last = seen.seen[0], seen.seen[-1]
+    float_ = torch.cat([torch.full((t.numel(),), t.is_floating_point()) for t in learn.model.state_dict().values()])
+    assert torch.allclose(first[float_], at_end[0][float_], atol=1e-6)
+    assert torch.allclose(last[float_], at_end[1][float_], atol=1e-6)
+    moves = [(b - a)[float_].norm() for a, b in pairwise(seen.steps)]
+    assert moves[STEPS - 1] < 2 * max(moves[: STEPS - 1]), "the first step of an epoch starts where the last ended"
+    assert (first - seen.steps[STEPS - 1])[float_].norm() > 1e-3
+
+
+def test_after_the_fit_the_learner_is_the_average(averaged):
+    learn, seen, _ = averaged
+    now = torch.cat([t.detach().flatten().float() for t in learn.model.state_dict().values()])
+    assert torch.equal(now, seen.seen[-1])
+    before = learn.validate()
+    assert learn.validate() == before
+    learn.get_preds()
+    again = torch.cat([t.detach().flatten().float() for t in learn.model.state_dict().values()])
+    assert torch.equal(now, again), "whatever is asked of it"
+
+
+def test_the_range_test_averages_nothing(averaged):
+    learn, _, _ = averaged
+    before = {name: t.clone() for name, t in learn.model.state_dict().items()}
+    with learn.no_bar(), learn.no_logging():
+        learn.lr_find(num_it=12, show_plot=False)
+    assert all(torch.equal(before[name], t) for name, t in learn.model.state_dict().items())
+
+
+def test_few_steps_leave_the_trained_weights(tmp_path):
+    learn = get_learner(get_dls("digits", bs=700, flip=0, device="cpu"), get_recipe("demo", width=2, ema=0.9))
+    before = learn.model.head.weight.detach().clone()
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(1, 0.1)
+    assert not torch.equal(before, learn.model.head.weight)
+
+
+@pytest.mark.parametrize(("epoch", "batch", "training"), [(1, 7, True), (1, 3, False), (2, 0, True)])
+def test_a_stopped_average_goes_on_bit_for_bit(tmp_path, capsys, epoch, batch, training):
+    options = {**OPTIONS, "epochs": 3, "ema": 0.9, "whiten": 0.01, "norm_bias_lr": 16.0}
+    main(**options, out=str(tmp_path / "whole"))
+    with pytest.raises(Stopped):
+        main(StopAt(epoch, batch, training), **options, out=str(tmp_path / "stopped"))
+    main(resume=str(tmp_path / "stopped"))
+    assert same(outcome(tmp_path / "stopped"), outcome(tmp_path / "whole"))
+
+
+def test_all_files_hold_the_average(tmp_path, capsys):
+    result = main(**OPTIONS, epochs=2, ema=0.9, out=str(tmp_path / "run"))
+    last = torch.load(tmp_path / "run/models/last.pth", weights_only=True)
+    network = load_safetensors(tmp_path / "run/model.safetensors")[0].network.state_dict()
+    assert all(torch.equal(last[name], network[name]) for name in last)
+    assert result["last_accuracy"] == pytest.approx(result["history"][-1]["valid_accuracy"], abs=0.01)
+    best = torch.load(tmp_path / "run/models/best.pth", weights_only=True)
+    if result["best_epoch"] == 2:
+        assert all(torch.equal(last[name], best[name]) for name in last)
