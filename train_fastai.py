@@ -143,7 +143,7 @@ def fit(run: Run, learn: Learner, options: Options, peak: float, cbs: Sequence[C
 def finish(run: Run, learn: Learner, options: Options, peak: float, log: RunLog, started: float) -> dict:
     """Write the model's files, measure it, write what is to be said of it; returns what is in `result.json`."""
     save_weights(learn, "last")
-    export(learn, run / "export.pkl")
+    export(learn, run / "model.pkl")
     with learn.no_bar():
         averaged = tta_accuracy(learn) if options.tta else None
     evaluation = evaluate(learn)
@@ -180,7 +180,7 @@ def print_result(run: Run, options: Options, result: dict) -> None:
         print(f"with TTA     {result['tta_accuracy']:.2%}, averaged over each image and its mirror image")
     print(f"""\
 best epoch   {result["best_accuracy"]:.2%} in epoch {result["best_epoch"]}, chosen on the validation set, so a little too good to quote
-run folder   {run}: {shown}history.csv, result.json, export.pkl and model.safetensors from the last epoch, models/last.pth, models/best.pth
+run folder   {run}: {shown}history.csv, result.json, model.pkl and model.safetensors from the last epoch, models/last.pth, models/best.pth
 
 use it       python predict.py {shlex.quote(str(run))} IMAGE.png
 again        {options.command(result["processes"], **again)}""")

@@ -40,7 +40,7 @@ for batch in map(int, sys.argv[3:]):
 
 
 def write_models(folder: Path, width: int) -> None:
-    """A network of that width for ten classes as model.safetensors, .onnx, .pt2 and export.pkl."""
+    """A network of that width for ten classes as model.safetensors, .onnx, .pt2 and model.pkl."""
     from data import get_dls
     from export import WRITERS
     from recipes import get_recipe
@@ -54,7 +54,7 @@ def write_models(folder: Path, width: int) -> None:
     result = dict.fromkeys(unknown) | {"classes": list(dls.vocab), "norm": "batch", "width": width}
     result |= {"logit_scale": 0.125, "source": "digits", "valid": "test", "last_accuracy": 0.1}
     save_safetensors(learn, folder / "model.safetensors", result)
-    export(learn, folder / "export.pkl")
+    export(learn, folder / "model.pkl")
     for suffix, write in WRITERS.items():
         write(*load_safetensors(folder / "model.safetensors"), folder / f"model.{suffix}")
 
@@ -66,7 +66,7 @@ def models(width: int = 64, rounds: int = 3) -> list[dict]:
         write_models(folder, width)
         images = np.random.default_rng(0).integers(0, 256, (max(BATCHES), 32, 32, 3), np.uint8)
         np.save(folder / "images.npy", images)
-        names = ("model.safetensors", "model.onnx", "model.pt2", "export.pkl")
+        names = ("model.safetensors", "model.onnx", "model.pt2", "model.pkl")
         figures: dict[str, list] = {name: [] for name in names}
         for _ in range(rounds):
             for name in names:

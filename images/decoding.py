@@ -31,7 +31,7 @@ def to_rgb(image: Image.Image) -> np.ndarray:
         ImageOps.exif_transpose(image, in_place=True)
     if image.size != (SIZE, SIZE):
         image = image.resize((SIZE, SIZE), Image.Resampling.BILINEAR)
-    return np.asarray(image)
+    return np.array(image)  # Pillow's own memory could not be written to, which torch warns about
 
 
 def decode(data: bytes, name: str, animated: Callable[[str], None]) -> np.ndarray:

@@ -27,7 +27,7 @@ CAPTIONS = {
 
 def write_card(run: Path, options: Options, result: dict) -> None:
     """The run's `README.md`: `card.md` with what is to be said of this run in its places."""
-    n, code = result["images"], f"Code: commit `{result['commit']}`{'' if result['clean'] else ', changed'}. "
+    n = result["images"]
     text = TEMPLATE.substitute(
         result,
         index=json.dumps([model_index(result)]),
@@ -42,12 +42,22 @@ def write_card(run: Path, options: Options, result: dict) -> None:
         command=options.command(result["processes"], out=None, resume=None, max_minutes=None),
         settings=markdown_table(("setting", "value"), settings(result)),
         seconds=f"{result['seconds']:.0f}",
-        code=code if result["commit"] else "",
+        python=result["versions"]["python"].rpartition(".")[0],
+        code=code(result),
         versions=", ".join(f"{name} {version}" for name, version in result["versions"].items()),
         pictures=pictures(run),
     )
     with complete(run / "README.md") as beside:
         beside.write_text(text)
+
+
+def code(result: dict) -> str:
+    """Where the code is, as far as git knows."""
+    if not result["commit"]:
+        return "this project's"
+    address = result.get("repository")  # of an older run there is none
+    where = f"[{address.removeprefix('https://')}]({address}), " if address else ""
+    return f"{where}commit `{result['commit']}`{'' if result['clean'] else ', changed'}"
 
 
 def model_index(result: dict) -> dict:

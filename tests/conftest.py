@@ -170,13 +170,13 @@ RESULT = {
 
 @pytest.fixture(scope="session")
 def trained(learner, tmp_path_factory):
-    """A folder with `learner` as model.safetensors, .onnx, .pt2 and export.pkl, and digits/<class>/ test images."""
+    """A folder with `learner` as model.safetensors, .onnx, .pt2 and model.pkl, and digits/<class>/ test images."""
     from export import WRITERS
     from trained.learner_file import export
     from trained.safe_file import load_safetensors, save_safetensors
 
     folder = tmp_path_factory.mktemp("trained")
-    export(learner, folder / "export.pkl")
+    export(learner, folder / "model.pkl")
     save_safetensors(learner, folder / "model.safetensors", RESULT)
     for suffix, write in WRITERS.items():
         write(*load_safetensors(folder / "model.safetensors"), folder / f"model.{suffix}")

@@ -175,9 +175,9 @@ def test_what_is_no_picture_is_a_message(page, tmp_path):
     ("words", "line"),
     [
         ([], "model.safetensors: no such file; pass a run folder, or a model's .safetensors\n"),
-        (["TRAINED/export.pkl"], "export.pkl: this takes a run folder, or a model's .safetensors\n"),
+        (["TRAINED/model.pkl"], "model.pkl: this takes a run folder, or a model's .safetensors\n"),
         (["TRAINED", "--space", "TRAINED"], "it is there already; name a new or an empty folder"),
-        (["TRAINED", "--space", "TRAINED/export.pkl/space"], "cannot be written"),
+        (["TRAINED", "--space", "TRAINED/model.pkl/space"], "cannot be written"),
         (["TRAINED", "--port", "BUSY"], "cannot listen there ([Errno 98] Address already in use"),
         (["TRAINED", "--port", "99999"], "cannot listen there (bind(): port must be 0-65535.); pass others"),
         (["TRAINED", "--host", "no.such.host"], "--host no.such.host: cannot listen there ("),

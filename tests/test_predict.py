@@ -20,7 +20,7 @@ from trained.header import HEADER
 from trained.safe_file import load_safetensors
 from training.precision import full_precision
 
-FILES = ("model.safetensors", "model.onnx", "model.pt2", "export.pkl")
+FILES = ("model.safetensors", "model.onnx", "model.pt2", "model.pkl")
 
 
 @pytest.fixture

@@ -100,7 +100,7 @@ def test_a_recipe_trains_by_name(tmp_path, capsys, name):
     config = json.loads((out / "config.json").read_text())
     assert config["schedule"] == str(RECIPES[name].schedule)
     assert (config["nesterov"], config["wd"]) == (RECIPES[name].nesterov, RECIPES[name].wd)
-    assert (out / "export.pkl").exists()
+    assert (out / "model.pkl").exists()
 
 
 def test_any_option_goes_over_the_recipe(tmp_path, capsys):

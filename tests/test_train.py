@@ -26,7 +26,7 @@ from trained.device import set_deterministic
 from training.history import RunLog
 
 FILES = {
-    "config.json", "history.csv", "result.json", "augmentations.png", "loss.png", "accuracy.png", "export.pkl",
+    "config.json", "history.csv", "result.json", "augmentations.png", "loss.png", "accuracy.png", "model.pkl",
     "model.safetensors", "lr_find.png", "lr_find.csv", "lr_find.json", "models/best.pth", "models/last.pth",
     "README.md", "schedule.png", "confusion.png", "classes.png", "reliability.png", "wrong.png", "uncertain.png",
     "loss.svg", "accuracy.svg", "schedule.svg", *(f"examples/{label:02}.png" for label in range(10)),
@@ -205,7 +205,7 @@ def test_compile_changes_nothing_but_the_speed(tmp_path, capsys, monkeypatch):
     assert not torch._dynamo.utils.counters["graph_break"]
     assert same_weights(weights(tmp_path / "a"), weights(tmp_path / "b"))
     assert "--compile" in capsys.readouterr().out.splitlines()[-1]
-    assert load_learner(tmp_path / "b/export.pkl").predict(np.zeros((32, 32), np.uint8))[0] in "0123456789"
+    assert load_learner(tmp_path / "b/model.pkl").predict(np.zeros((32, 32), np.uint8))[0] in "0123456789"
 
 
 def test_tta_averages_over_mirror_images_and_stands_beside_the_plain_figure(tmp_path, capsys):

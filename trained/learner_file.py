@@ -1,4 +1,4 @@
-"""export.pkl: the whole learner, with our code in it: a program, for fastai's `load_learner`."""
+"""model.pkl: the whole learner, with our code in it: a program, for fastai's `load_learner`."""
 
 import sys
 import warnings

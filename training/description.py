@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import subprocess
 from dataclasses import asdict
 from importlib.metadata import version
@@ -54,22 +55,25 @@ def processor() -> str:
 
 
 def code_version() -> dict:
-    """The git commit that this code is at, and whether no tracked file differs from it; None where git knows none."""
-    words = [
-        "git",
-        "-C",
-        str(Path(__file__).parents[1]),
-        "describe",
-        "--always",
-        "--abbrev=40",
-        "--exclude=*",
-        "--dirty",
-    ]
+    """The git commit that this code is at, whether no tracked file differs from it, and the address that it was cloned
+    from, as a browser takes it; None where git knows none.
+    """
+    said = git("describe", "--always", "--abbrev=40", "--exclude=*", "--dirty")
+    if said is None:
+        return {"commit": None, "clean": None, "repository": None}
+    cloned = re.sub(r"^git@([^:/]+):", r"https://\1/", git("config", "--get", "remote.origin.url") or "")
+    web = re.fullmatch(r"https?://(?:[^@/]+@)?(.+?)(?:\.git)?/?", cloned)
+    repository = web and f"https://{web[1]}"
+    return {"commit": said.removesuffix("-dirty"), "clean": not said.endswith("-dirty"), "repository": repository}
+
+
+def git(*words: str) -> str | None:
+    """What git says of this code; None where it says nothing, as with an archive of the code instead of a clone."""
+    words = ["git", "-C", str(Path(__file__).parents[1]), *words]
     try:
-        said = subprocess.run(words, capture_output=True, text=True, timeout=60, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):  # no git, or an archive of the code instead of a clone
-        return {"commit": None, "clean": None}
-    return {"commit": said.removesuffix("-dirty"), "clean": not said.endswith("-dirty")}
+        return subprocess.run(words, capture_output=True, text=True, timeout=60, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 def print_config(config: dict) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 
 import numpy as np
@@ -15,7 +16,8 @@ import reporting.report
 from errors import InputError, parse, run_command
 from images.sources import load_images
 from images.table import ImageTable
-from reporting.card import CAPTIONS
+from options import Options
+from reporting.card import CAPTIONS, write_card
 from reporting.evaluation import Evaluation, evaluate
 from trained.classifier import classifier_of, grad_cam
 from training.precision import full_precision
@@ -107,6 +109,34 @@ def test_a_run_shows_itself(run):
     assert text.startswith("---\nlibrary_name: fastai\n")
     assert "359 images, the test set" in text
     assert result["fingerprint"] in text
+
+
+def test_the_card_says_how_to_use_the_model_and_that_works(run, tmp_path, monkeypatch):
+    pytest.importorskip("toml", reason="huggingface_hub asks for it")
+    text = (run / "README.md").read_text()
+    head, snippets = text.split("---")[1], re.findall(r"```python\n(.*?)```", text, re.S)
+    assert "license: apache-2.0\n" in head
+    assert len(snippets) == 2
+    (tmp_path / "USER/NAME").mkdir(parents=True)  # huggingface_hub takes a folder's path, too
+    for file, to in (("model.pkl", "USER/NAME"), ("model.safetensors", "."), ("examples/03.png", "picture.png")):
+        shutil.copy(run / file, tmp_path / to)
+    monkeypatch.chdir(tmp_path)
+    said = []
+    for snippet in snippets:
+        exec(snippet, place := {})
+        said.append((place["label"], pytest.approx(float(max(place["probabilities"])), abs=1e-4)))
+    assert said[0] == said[1]
+
+
+def test_the_card_links_to_the_code(run, tmp_path):
+    result = json.loads((run / "result.json").read_text())
+    for changes, line in (
+        ({"clean": True, "repository": "https://h.org/a/b"}, "[h.org/a/b](https://h.org/a/b), commit `ab12`"),
+        ({"clean": False, "repository": None}, "commit `ab12`, changed"),
+        ({"commit": None}, "this project's"),
+    ):
+        write_card(tmp_path, Options(**result["options"]), result | {"commit": "ab12"} | changes)
+        assert f"\nCode: {line}.\n" in (tmp_path / "README.md").read_text()
 
 
 def test_a_run_keeps_an_image_of_each_class(run):

@@ -56,7 +56,7 @@ assert not ours & set(sys.modules), ours & set(sys.modules)
 
 
 def test_the_exported_learner_needs_nothing_of_this_project(learner, tmp_path):
-    export(learner, tmp_path / "export.pkl")
+    export(learner, tmp_path / "model.pkl")
     with full_precision(learner):
         accuracy = learner.validate()[1]
     valid = learner.dls.valid_ds.items
@@ -65,7 +65,7 @@ def test_the_exported_learner_needs_nothing_of_this_project(learner, tmp_path):
     for i, item in enumerate(valid[j] for j in range(len(valid))):
         Image.fromarray(item.image).save(folder / f"{item.label}-{i:03}.png")
     # -I leaves out the current folder and PYTHONPATH; the test's own path must not help either.
-    words = [sys.executable, "-I", "-c", LOAD, str(tmp_path / "export.pkl"), str(folder)]
+    words = [sys.executable, "-I", "-c", LOAD, str(tmp_path / "model.pkl"), str(folder)]
     result = subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     assert float(result.stdout.split()[1]) == pytest.approx(accuracy)
@@ -172,7 +172,7 @@ def test_a_safe_file_that_is_not_there_is_named(tmp_path):
 # Every file, where this project is not
 
 READERS = {
-    "export.pkl": """
+    "model.pkl": """
 from fastai.basics import load_learner, noop
 learn = load_learner(path)
 learn.remove_cb(learn.progress) if hasattr(learn, "progress") else None
@@ -243,7 +243,7 @@ def test_each_file_gives_the_learners_logits_where_this_project_is_not(learner, 
 def test_each_file_is_read_back_with_what_goes_with_it(trained, name):
     model = load_model(trained / name, "cpu")
     assert model.classes == RESULT["classes"]
-    assert name == "export.pkl" or model.header == load_safetensors(trained / "model.safetensors")[1]
+    assert name == "model.pkl" or model.header == load_safetensors(trained / "model.safetensors")[1]
 
 
 @pytest.mark.parametrize("name", READERS)
@@ -256,7 +256,7 @@ def test_a_file_of_any_kind_that_is_none_is_one_line(trained, tmp_path, monkeypa
     with pytest.raises(InputError, match=rf"{re.escape(name)}: not a {path.suffix} file of this project \(.+\)$") as e:
         load_model(path)
     assert len(str(e.value)) < len(str(path)) + 150
-    assert name == "export.pkl" or not (tmp_path / "evil").exists(), "what is in it has been run"
+    assert name == "model.pkl" or not (tmp_path / "evil").exists(), "what is in it has been run"
 
 
 def test_an_onnx_file_of_somebody_else_is_refused(trained, tmp_path):
@@ -286,7 +286,7 @@ def run(trained, tmp_path):
     """The folder of a run that has ended, as far as `export.py` wants it."""
     folder = tmp_path / "run"
     folder.mkdir()
-    for name in ("model.safetensors", "export.pkl"):
+    for name in ("model.safetensors", "model.pkl"):
         (folder / name).write_bytes((trained / name).read_bytes())
     (folder / "README.md").write_text("# card\n")
     (folder / "result.json").write_text("{}")
@@ -411,7 +411,7 @@ def test_a_run_is_sent_with_its_card_and_without_logs(run, hub):
     assert (made["name"], made["organization"]) == ("x", "me")
     assert not made.get("private")
     assert header["value"]["summary"] == "Add run"
-    assert {file["value"]["path"] for file in files} == {"README.md", "result.json", "model.safetensors", "export.pkl"}
+    assert {file["value"]["path"] for file in files} == {"README.md", "result.json", "model.safetensors", "model.pkl"}
     card = next(file["value"] for file in files if file["value"]["path"] == "README.md")
     assert base64.b64decode(card["content"]) == b"# card\n"
     sent = {hashlib.sha256(body).hexdigest() for body in hub.store["put"].values()}

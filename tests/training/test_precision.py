@@ -143,7 +143,7 @@ def test_what_a_run_ends_with_is_what_its_files_compute(bf16, tmp_path, capsys):
         logits, mirrored = classifier(pixels), classifier(pixels.flip(2))
     for name, scores in (("last_accuracy", logits), ("tta_accuracy", logits + mirrored)):
         assert result[name] == pytest.approx((scores.argmax(1) == labels).float().mean().item(), abs=1e-6)
-    learn = load_learner(tmp_path / "r/export.pkl")
+    learn = load_learner(tmp_path / "r/model.pkl")
     loaded, _ = learn.get_preds(dl=learn.dls.test_dl(list(pixels.numpy()), bs=64), act=noop)
     assert torch.allclose(loaded, logits, atol=1e-4)
 
@@ -224,15 +224,21 @@ def test_the_commit_and_whether_the_code_was_changed(tmp_path, monkeypatch):
 
     monkeypatch.setattr(description, "__file__", str(tmp_path / "training/description.py"))
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert description.code_version() == {"commit": None, "clean": None}
+    assert description.code_version() == {"commit": None, "clean": None, "repository": None}
     (tmp_path / "run.py").write_text("1")
     git("init")
     git("add", "run.py")
     git("-c", "user.name=a", "-c", "user.email=b", "commit", "-m", "c")
     commit = subprocess.run(["git", "-C", str(tmp_path), "rev-parse", "HEAD"], capture_output=True, text=True).stdout
-    assert description.code_version() == {"commit": commit.strip(), "clean": True}
+    assert description.code_version() == {"commit": commit.strip(), "clean": True, "repository": None}
     (tmp_path / "run.py").write_text("2")
-    assert description.code_version() == {"commit": commit.strip(), "clean": False}
+    for origin, web in (
+        ("https://me:secret@host.org:8443/owner/name.git", "https://host.org:8443/owner/name"),
+        ("git@host.org:owner/name.git", "https://host.org/owner/name"),
+        ("/home/me/name.git", None),
+    ):
+        git("config", "remote.origin.url", origin)
+        assert description.code_version() == {"commit": commit.strip(), "clean": False, "repository": web}
 
 
 def test_a_long_training_on_a_cpu_says_how_long(tmp_path, capsys):
