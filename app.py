@@ -27,6 +27,7 @@ if __name__ == "__main__":
 
 import json
 import os
+import shlex
 import shutil
 import socket
 from importlib.metadata import version
@@ -40,6 +41,7 @@ from matplotlib import colormaps
 from PIL import Image
 
 from images.decoding import FORMATS, MAX_PIXELS, read_image
+from names import markdown, printable
 from trained.classifier import Classifier, grad_cam
 from trained.loading import model_file
 from trained.safe_file import load_safetensors
@@ -53,7 +55,7 @@ SIDE = 320  # pixels of the picture with the map on it
 UNREADABLE = f"This cannot be read as a picture: it must be one of {', '.join(FORMATS)}, of at most {MAX_PIXELS // 10**6} megapixels."
 CSS = "#picture img {width: 100%; height: 100%; object-fit: contain}"  # small pictures large
 FILES = (
-    "app.py", "errors.py", "files.py", "model.py", "images/__init__.py", "images/decoding.py", "trained/__init__.py",
+    "app.py", "errors.py", "files.py", "model.py", "names.py", "images/__init__.py", "images/decoding.py", "trained/__init__.py",
     *(f"trained/{name}.py" for name in ("classifier", "device", "header", "loading", "predictor", "safe_file")),
 )  # fmt: skip
 
@@ -84,11 +86,12 @@ def look(classifier: Classifier, classes: list[str], path: str) -> tuple[dict[st
 def about(header: dict) -> str:
     """What the network knows, and what it cannot know."""
     classes, kind = header["classes"], "held-out" if header["valid"] == "holdout" else "test"
-    names = ", ".join(classes[:20]) + (" …" if len(classes) > 20 else "")
+    names = ", ".join(map(markdown, classes[:20])) + (" …" if len(classes) > 20 else "")
     return (
         f"It was trained on {len(classes)} classes, on pictures of 32x32 pixels: {names}. **Of anything else it knows "
         f"nothing, and still answers with one of them, sure of itself at times.** "
-        f"On the {kind} images of {header['source']} it is right {100 * header['last_accuracy']:.2f} % of the time."
+        f"On the {kind} images of {markdown(header['source'])} it is right {100 * header['last_accuracy']:.2f} % "
+        f"of the time."
     )
 
 
@@ -109,7 +112,7 @@ def page(model: Path) -> "gradio.Blocks":
             raise gr.Error(UNREADABLE, print_exception=False) from e
 
     with gr.Blocks(title="Custom ResNet", analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:  # seconds
-        gr.Markdown(f"# What is in the picture?\n\n{about(header)}")
+        gr.Markdown(f"# What is in the picture?\n\n{about(header)}", latex_delimiters=[])  # names are in it
         with gr.Row():
             with gr.Column(min_width=240):
                 gr.Markdown("### Drop, paste or take a picture")
@@ -150,7 +153,8 @@ def write_space(model: Path, folder: Path) -> None:
         shutil.copy(model, beside / "model.safetensors")
         if (examples := model.parent / "examples").is_dir():
             shutil.copytree(examples, beside / "examples")
-        (beside / "README.md").write_text(f"---\n{lines}\n---\n\n# What is in the picture?\n\n{about(header)}\n")
+        text = f"---\n{lines}\n---\n\n# What is in the picture?\n\n{about(header)}\n"
+        (beside / "README.md").write_text(text, encoding="utf-8")
         beside.replace(folder)
     except OSError as e:
         raise InputError(f"--space {folder}: cannot be written ({e.strerror}); name another folder") from e
@@ -165,7 +169,8 @@ def main(options: Options) -> None:
     file = model_file(options.model, [".safetensors"])
     if options.space:
         write_space(file, Path(options.space).expanduser().resolve())
-        print(f"see          {options.space}\npublish      hf upload USER/NAME {options.space} --repo-type space")
+        space = printable(shlex.quote(options.space))
+        print(f"see          {space}\npublish      hf upload USER/NAME {space} --repo-type space")
         return
     import gradio as gr
 

@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -11,6 +12,8 @@ from types import TracebackType
 from typing import Any, NoReturn
 
 from fastcore.script import anno_parser
+
+from names import printable
 
 warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated")  # fastai's import, nothing to do here
 
@@ -24,21 +27,11 @@ OTHER_WORDS = {  # timm's, YOLO's and fastai's words for our options
 }  # fmt: skip
 
 
-def printable(text: str) -> str:
-    """`text` for a terminal: a file's name can hold what moves its cursor, or what no terminal can show."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-
-
-def shortened(name: str, length: int = 14) -> str:
-    """`name`, its end replaced by … where it is longer."""
-    return name if len(name) <= length else f"{name[: length - 1]}…"
-
-
 class InputError(ValueError):
     """Something the user gave cannot be used. The message is one line: the thing at fault, and what to do."""
 
     def __init__(self, message: str):
-        super().__init__(printable(" ".join(message.split())))  # a library's words in it can have several lines
+        super().__init__(printable(re.sub(r"\s*\n\s*", " ", message.strip())))  # a library's words can have several
 
 
 class Stopped(Exception):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated
 
 from errors import InputError
+from names import printable
 from recipes import FLIPS, RECIPES, Recipe, get_recipe
 
 # What changes nothing in what is learned, so that a resumed run may have it otherwise
@@ -109,14 +110,14 @@ class Options:
         return {field.name: value for field in fields(self) if (value := getattr(self, field.name)) != field.default}
 
     def command(self, processes: int = 1, **changes) -> str:
-        """The command line that says `self` with `changes`; what has its default is left out."""
+        """The command line that says `self` with `changes`, to be shown; what has its default is left out."""
         words = ["python"] if processes == 1 else ["torchrun", "--nproc-per-node", str(processes)]
         words.append("train_fastai.py")
         for name, value in {**asdict(self), **changes}.items():
             option = "--" + name.replace("_", "-")
             if value != getattr(Options, name):
                 words += [option] if value is True else [option, str(value)]
-        return shlex.join(words)
+        return printable(shlex.join(words))
 
     def resumed(self) -> tuple[Path | None, "Options"]:
         """The run to go on with and the options it was started with; None and `self` where there is none yet.

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from errors import InputError, parse, printable, run_command, shortened
+from errors import InputError, parse, run_command
+from names import printable, shortened
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from images.cache import decoded
 from images.cifar10 import BATCH_FILES, CIFAR10_STATS, download, read_batches
 from images.decoding import decode, read_image, to_rgb
 from images.table import SPLITS, Found, ImageTable, table_of
+from names import printable
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 
@@ -40,9 +41,9 @@ def load_images(source: str | Path | ImageTable) -> ImageTable:
         table = decoded(inner if inner.is_dir() else path, _read_archive if path.is_file() else _read_folder)
     except OSError as e:
         raise InputError(f"{e.filename or path}: cannot be read ({e.strerror or e}); check its permissions") from e
-    table = replace(table, name=path.resolve().name)
+    table = replace(table, name=printable(path.resolve().name))
     for note in table.notes:
-        print(f"warning: {table.name}: {' '.join(note.split())}", file=sys.stderr)
+        print(f"warning: {table.name}: {printable(note)}", file=sys.stderr)
     return table
 
 

@@ -6,11 +6,13 @@ from pathlib import Path
 from string import Template
 
 from files import complete
+from names import markdown
 from options import Options
 from recipes import Recipe
 from reporting.tables import markdown_table
 
-TEMPLATE = Template(Path(__file__).with_name("card.md").read_text())
+TEMPLATE = Template(Path(__file__).with_name("card.md").read_text(encoding="utf-8"))
+MOST_CLASSES = 100  # named in it
 CAPTIONS = {
     "accuracy": "Accuracy over the epochs",
     "loss": "Loss over the epochs",
@@ -28,13 +30,14 @@ CAPTIONS = {
 def write_card(run: Path, options: Options, result: dict) -> None:
     """The run's `README.md`: `card.md` with what is to be said of this run in its places."""
     n = result["images"]
+    names, more = result["classes"][:MOST_CLASSES], " …" * (len(result["classes"]) > MOST_CLASSES)
     text = TEMPLATE.substitute(
-        result,
+        result | {name: markdown(result[name]) for name in ("source", "recipe")},
         index=json.dumps([model_index(result)]),
         n_train=f"{n['train']:,}",
         n_valid=f"{n['valid']:,}",
         n_classes=len(result["classes"]),
-        classes=", ".join(result["classes"]),
+        classes=", ".join(map(markdown, names)) + more,
         parameters=f"{result['parameters']:,}",
         figures=markdown_table(("figure", "value", ""), figures(result)),
         images=f"{options.valid_pct:.0%} of the training set" if result["valid"] == "holdout" else "the test set",
@@ -48,7 +51,7 @@ def write_card(run: Path, options: Options, result: dict) -> None:
         pictures=pictures(run),
     )
     with complete(run / "README.md") as beside:
-        beside.write_text(text)
+        beside.write_text(text, encoding="utf-8")
 
 
 def code(result: dict) -> str:

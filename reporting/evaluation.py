@@ -1,5 +1,6 @@
 """What the trained network makes of the validation images: confusions, calibration, the worst mistakes."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,9 +36,20 @@ class Evaluation:
         """Whether it is the image's class, bool (n,)."""
         return self.predicted == self.labels
 
-    def confusion(self) -> np.ndarray:
-        """The number of images, (classes, classes): a row for each true class, a column for each predicted one."""
-        return confusion_matrix(self.labels, self.predicted, labels=range(len(self.table.classes)))
+    def counts(self) -> np.ndarray:
+        """How many images of each class there are, and how many of them are taken for it, (2, classes)."""
+        n = len(self.table.classes)
+        return np.stack([np.bincount(labels, minlength=n) for labels in (self.labels, self.labels[self.right])])
+
+    def most_confused(self, k: int) -> np.ndarray:
+        """The `k` classes that are mistaken, or mistaken for, the most often, in the table's order; all, if fewer."""
+        n = len(self.table.classes)
+        mistakes = sum(np.bincount(labels[~self.right], minlength=n) for labels in (self.labels, self.predicted))
+        return np.sort(np.argsort(-mistakes, kind="stable")[:k])
+
+    def confusion(self, classes: Sequence[int]) -> np.ndarray:
+        """The number of images, a row for each of `classes` that is true, a column for each that is predicted."""
+        return confusion_matrix(self.labels, self.predicted, labels=classes)
 
     def calibration(self) -> list[tuple[float, float, int]]:
         """Mean confidence, accuracy and number of images for each bin of confidence that has any.

@@ -8,8 +8,8 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from errors import shortened
 from files import complete
+from names import shortened
 from recipes import Curve, Recipe
 from reporting.evaluation import Evaluation
 from training.lr_finder import RangeTest
@@ -18,6 +18,8 @@ from training.lr_finder import RangeTest
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#777777"
 MARKS = (ORANGE, "black", GREEN, PURPLE, GREY)
 COLORS = (BLUE, ORANGE, GREEN, PURPLE, GREY, "black", "#56B4E9", "#E69F00")
+AS_IT_IS = {"parse_math": False}  # a text with a name in it: two dollars would make mathematics of it
+MOST_CLASSES = 100  # in the picture of confusions: more are a grey blur, and take memory by their square
 
 
 def save_figure(figure: Figure, path: Path, comment: str | None = None, svg: bool = False) -> None:
@@ -33,7 +35,8 @@ def new_axes(title: str, xlabel: str, ylabel: str, size: tuple[float, float] = (
     """A figure with one plot."""
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
-    axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    axes.set_title(title, **AS_IT_IS)
+    axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
@@ -44,6 +47,7 @@ def save_augmentations(dls: DataLoaders, path: Path, columns: int = 8, draws: in
     table, augment = dls.train_ds.items, dls.train.after_item.augment.pipeline
     rows = np.random.default_rng(0).permutation(len(table))[:columns].tolist()
     originals, labels = table.batch(rows)
+    columns = len(rows)
     grid = [originals] + [augment(originals, epoch, range(columns), rows) for epoch in range(draws)]
     figure = Figure(figsize=(1.2 * columns, 1.2 * (draws + 1) + 0.5), layout="constrained")
     axes = figure.subplots(draws + 1, columns, squeeze=False)
@@ -54,7 +58,7 @@ def save_augmentations(dls: DataLoaders, path: Path, columns: int = 8, draws: in
             axes[i, j].spines[:].set_visible(False)
         axes[i, 0].set_ylabel("original" if i == 0 else f"draw {i}")
     for ax, label in zip(axes[0], labels, strict=False):
-        ax.set_title(table.classes[label][:14], fontsize=10)
+        ax.set_title(shortened(table.classes[label]), fontsize=10, **AS_IT_IS)
     save_figure(figure, path)
 
 
@@ -122,7 +126,8 @@ def save_comparison(groups: dict[str, list[dict]], path: Path, comment: str | No
         label = f"{name}: {last:.2f} % at the end, {len(runs)} seed{'s' * (len(runs) > 1)}"
         axes.plot(x, mean, f"{marker}-", ms=3, color=color, label=label)
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.legend(frameon=False, loc="lower right")
+    for text in axes.legend(frameon=False, loc="lower right").get_texts():
+        text.set(**AS_IT_IS)
     save_figure(figure, path, comment)
 
 
@@ -141,17 +146,22 @@ def save_schedules(recipes: dict[str, Recipe], path: Path, comment: str | None =
 
 
 def save_confusion(evaluation: Evaluation, path: Path) -> None:
-    """How many images of each class (a row) are taken for each (a column); the shade is the part of the row."""
-    counts, names = evaluation.confusion(), [shortened(name) for name in evaluation.table.classes]
+    """How many images of each class (a row) are taken for each (a column); the shade is the part of the row.
+
+    Of more than `MOST_CLASSES` classes those with the most mistakes.
+    """
+    classes = evaluation.most_confused(MOST_CLASSES)
+    counts, names = evaluation.confusion(classes), [shortened(evaluation.table.classes[i]) for i in classes]
     n = len(names)
     side = max(5.5, min(0.55 * n + 1.5, 14))
-    figure, axes = new_axes("Confusions", "predicted class", "true class", (side + 0.5, side))
+    title = "Confusions" if n == len(evaluation.table.classes) else f"Confusions: the {n} classes with the most"
+    figure, axes = new_axes(title, "predicted class", "true class", (side + 0.5, side))
     axes.grid(False)
-    shade = counts / counts.sum(1, keepdims=True).clip(min=1)
+    shade = counts / evaluation.counts()[0, classes, None].clip(min=1)
     axes.imshow(shade, cmap="Blues", vmin=0, vmax=1)
     if n <= 25:  # more would be a grey blur
-        axes.set_xticks(range(n), names, rotation=45, ha="right")
-        axes.set_yticks(range(n), names)
+        axes.set_xticks(range(n), names, rotation=45, ha="right", **AS_IT_IS)
+        axes.set_yticks(range(n), names, **AS_IT_IS)
         for (row, column), count in np.ndenumerate(counts):
             if count:
                 color = "white" if shade[row, column] > 0.5 else "black"
@@ -161,15 +171,17 @@ def save_confusion(evaluation: Evaluation, path: Path) -> None:
 
 def save_classes(evaluation: Evaluation, path: Path) -> None:
     """The accuracy of each class, the lowest first; of more than 40 classes the lowest 40."""
-    counts = evaluation.confusion()
-    accuracies = 100 * counts.diagonal() / counts.sum(1).clip(min=1)
+    images, right = evaluation.counts()
+    accuracies = 100 * right / images.clip(min=1)
     order = np.argsort(accuracies, kind="stable")[:40]
     size = (7, max(2.5, 0.28 * len(order) + 1.2))
     title = f"Accuracy of each class, dashed: of all, {100 * evaluation.right.mean():.2f} %"
     figure, axes = new_axes(title, "accuracy in %", "", size)
-    axes.barh([[shortened(name) for name in evaluation.table.classes][i] for i in order], accuracies[order], color=BLUE)
+    rows = range(len(order))
+    axes.barh(rows, accuracies[order], color=BLUE)
+    axes.set_yticks(rows, [shortened(evaluation.table.classes[i]) for i in order], **AS_IT_IS)
     for row, i in enumerate(order):
-        axes.text(102, row, f"{accuracies[i]:.1f} % of {counts[i].sum()}", va="center", fontsize=8)
+        axes.text(102, row, f"{accuracies[i]:.1f} % of {images[i]}", va="center", fontsize=8)
     axes.axvline(100 * evaluation.right.mean(), color="black", lw=1, ls="--")
     axes.invert_yaxis()
     axes.set(xlim=(0, 124), xticks=range(0, 101, 20))
@@ -207,7 +219,7 @@ def save_examples(evaluation: Evaluation, chosen: np.ndarray, maps: np.ndarray, 
         top, bottom = grid[2 * (k // columns), k % columns], grid[2 * (k // columns) + 1, k % columns]
         image, is_label, label = evaluation.table[i].image, evaluation.labels[i], evaluation.predicted[i]
         right = " ✓" if is_label == label else f"\nis {names[is_label]}"
-        top.set_title(f"{names[label]}, {100 * evaluation.confidence[i]:.0f} %{right}", fontsize=9)
+        top.set_title(f"{names[label]}, {100 * evaluation.confidence[i]:.0f} %{right}", fontsize=9, **AS_IT_IS)
         top.imshow(image, interpolation="nearest")
         bottom.imshow(image.mean(2), cmap="gray", interpolation="nearest")
         bottom.imshow(heat, cmap="inferno", alpha=0.55, vmin=0, vmax=1)

@@ -32,8 +32,9 @@ with atheris.instrument_imports(include=["images", "training", "trained", "optio
                                          "pickle"]):  # fmt: skip
     from dataclasses import asdict
 
+    import options
     from images import cifar10, decoding, sources
-    from options import Options, read_config
+    from options import Options
     from trained.header import HEADER
     from trained.safe_file import load_safetensors
     from training import checkpoint
@@ -113,7 +114,7 @@ def read_safetensors(data: bytes) -> None:
 
 def read_config(data: bytes) -> None:
     (WHERE / "config.json").write_bytes(data)
-    read_config(WHERE)
+    options.read_config(WHERE)
 
 
 # The first byte of an input says which.

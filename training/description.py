@@ -12,6 +12,7 @@ import torch
 from fastai.learner import Learner
 from fastai.torch_core import num_distrib
 
+from names import printable
 from options import Options
 
 CHOSEN = ("norm", "seed", "valid", "valid_pct", "sync_bn", "compile", "deterministic")
@@ -85,4 +86,4 @@ def print_config(config: dict) -> None:
             value = ", ".join(f"{k} {v}" for k, v in value.items())
         elif isinstance(value, list):
             value = " ".join(value[:20]) + (f" … ({len(value)})" if len(value) > 20 else "")
-        print(f"{name:<15} {value}")
+        print(printable(f"{name:<15} {value}"))

@@ -91,6 +91,58 @@ def test_a_damaged_entry_is_made_anew(image_folder, cache, decodings, damage):
     assert len(decodings) == 48
 
 
+def inverted(entry):
+    np.save(entry / "images.npy", 255 - np.load(entry / "images.npy"))
+
+
+def other_shapes(entry):
+    for name in ("images", "labels"):
+        np.save(entry / f"{name}.npy", np.load(entry / f"{name}.npy")[:, None])
+
+
+def without_a_class(entry):
+    (entry / "about.json").write_text((entry / "about.json").read_text().replace('"cat", ', ""))
+
+
+def a_list(entry):
+    (entry / "about.json").write_text("[]")
+
+
+def words(entry):
+    (entry / "sha256").write_text("words")
+
+
+@pytest.mark.parametrize("change", [inverted, other_shapes, without_a_class, a_list, words])
+def test_a_changed_entry_is_told_and_made_anew(image_folder, cache, decodings, capsys, change):
+    root = image_folder()
+    first = load_images(root)
+    first = replace(first, images=np.array(first.images))
+    (entry,) = cache.iterdir()
+    change(entry)
+    capsys.readouterr()
+    again = load_images(root)
+    assert len(decodings) == 24
+    assert same(first, again)
+    assert capsys.readouterr().err.endswith("damaged (its SHA-256 has changed); decoding anew\n")
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("evil",)
+
+
+def test_an_array_of_objects_runs_nothing(image_folder, cache, decodings, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    root = image_folder()
+    load_images(root)
+    (entry,) = cache.iterdir()
+    np.save(entry / "labels.npy", np.array([Evil()]))
+    monkeypatch.setattr("images.cache._digest", lambda entry: (entry / "sha256").read_text())
+    assert len(load_images(root)) == 12
+    assert len(decodings) == 24
+    assert not (tmp_path / "evil").exists()
+
+
 @pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
 def test_a_save_that_fails_leaves_nothing(image_folder, cache, monkeypatch, capsys, failure):
     root, save = image_folder(), np.save

@@ -19,6 +19,7 @@ from images.table import ImageTable
 from options import Options
 from reporting.card import CAPTIONS, write_card
 from reporting.evaluation import Evaluation, evaluate
+from reporting.pictures import save_comparison
 from trained.classifier import classifier_of, grad_cam
 from training.precision import full_precision
 
@@ -46,7 +47,9 @@ def test_the_figures_of_an_evaluation():
         [[0.8, 0.1, 0.1], [0.6, 0.39, 0.01], [0.05, 0.9, 0.05], [0.4, 0.35, 0.25], [0.02, 0.03, 0.95]], [0, 1, 0, 2, 2]
     )
     assert e.right.tolist() == [True, False, False, False, True]
-    assert e.confusion().tolist() == [[1, 1, 0], [1, 0, 0], [1, 0, 1]]
+    assert e.confusion(range(3)).tolist() == [[1, 1, 0], [1, 0, 0], [1, 0, 1]]
+    assert e.counts().tolist() == [[2, 1, 2], [1, 0, 1]], "images of each class, and those that are right"
+    assert e.most_confused(2).tolist() == [0, 1]
     assert e.most_wrong(5).tolist() == [2, 1, 3], "the surest first, and no right one"
     assert e.most_wrong(1).tolist() == [2]
     assert e.most_uncertain(2).tolist() == [3, 1]
@@ -210,6 +213,19 @@ def test_what_cannot_be_compared_is_one_line(run, tmp_path, monkeypatch, capsys,
     assert expected in errors
     assert errors.count("\n") == 1
     assert not picture.exists()
+
+
+def test_no_name_is_markup(image_folder, tmp_path, capsys):
+    """Neither that of a class nor that of the data's folder, in pictures, in the card and on a terminal."""
+    source, classes = "a$\\b$c \x1b[2J![x](http:", ["$_$", "![x](y) <b>", "www.a|b"]
+    root = image_folder(classes, train=2, root=tmp_path / source)
+    main(**{**SMALL, "data": str(root), "bs": 2, "epochs": 1, "width": 1}, out=str(tmp_path / "run"))
+    card = (tmp_path / "run/README.md").read_text()
+    assert "apart: \\!\\[x\\]\\(y\\) \\<b\\>, \\$\\_\\$, www\\.a\\|b.\n" in card
+    assert card.count(r"a\$\\b\$c \\x1b\[2J\!\[x\]\(http\:") == 2, "in the title, and where the data is said"
+    assert "\x1b" not in card + "".join(capsys.readouterr())
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    save_comparison({"$_$": [result]}, tmp_path / "comparison.png")
 
 
 def test_other_images_are_not_those_of_the_run(tmp_path, image_folder):
