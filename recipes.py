@@ -40,6 +40,9 @@ class OneCycle(Curve):
     pct_start: float
     div_final: float = 1e5
 
+    def __repr__(self) -> str:  # a run that was started before there was a `div_final` can go on
+        return f"OneCycle(pct_start={self.pct_start}{'' if self.div_final == 1e5 else f', div_final={self.div_final}'})"
+
     def fit(self, learn: "Learner", epochs: int, peak: float, cbs: "Sequence[Callback]" = (), start: int = 0) -> None:
         options = {"pct_start": self.pct_start, "div_final": self.div_final}
         learn.fit_one_cycle(epochs, peak, **options, cbs=cbs, start_epoch=start)

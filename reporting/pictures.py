@@ -109,10 +109,12 @@ def save_history(history: list[dict], folder: Path, what: str, seed_curve: list[
         save_figure(figure, folder / f"{kind}.png", svg=True)
 
 
-def save_comparison(groups: dict[str, list[dict]], path: Path, comment: str | None = None) -> None:
+def save_comparison(
+    groups: dict[str, list[dict]], path: Path, comment: str | None = None, marks: dict[str, float] | None = None
+) -> None:
     """The validation accuracy over the epochs: the mean of each group's runs, within a band of one standard deviation.
 
-    groups: what is in the `result.json` of runs on the same data.
+    groups: what is in the `result.json` of runs on the same data. marks: accuracies in percent to draw a line at.
     """
     first = next(iter(groups.values()))[0]
     widths = {run["width"] for runs in groups.values() for run in runs}
@@ -125,6 +127,8 @@ def save_comparison(groups: dict[str, list[dict]], path: Path, comment: str | No
         axes.fill_between(x, mean - std, mean + std, color=color, alpha=0.2, lw=0)
         label = f"{name}: {last:.2f} % at the end, {len(runs)} seed{'s' * (len(runs) > 1)}"
         axes.plot(x, mean, f"{marker}-", ms=3, color=color, label=label)
+    for (name, accuracy), style in zip((marks or {}).items(), ("-", "--", ":"), strict=False):
+        axes.axhline(accuracy, color="gray", lw=1, ls=style, label=f"{name}: {accuracy:.2f} %")
     axes.xaxis.get_major_locator().set_params(integer=True)
     for text in axes.legend(frameon=False, loc="lower right").get_texts():
         text.set(**AS_IT_IS)

@@ -3,7 +3,7 @@
 import json
 import re
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from itertools import groupby
 from pathlib import Path
 
@@ -11,10 +11,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from files import write_json
 from options import Options
-from recipes import RECIPES
+from recipes import ANCESTOR, RECIPES, OneCycle
 from training.run import Run
 
 HERE = Path(__file__).parent
+# `fast` as it was when it had none of what it has today; results of that time have no `whiten` either
+FIRST_FAST = replace(ANCESTOR, lr=0.8, schedule=OneCycle(pct_start=0.2), label_smoothing=0.1)
 
 
 def file_name(*words) -> str:
@@ -41,8 +43,10 @@ def where(result: dict) -> tuple:
 
 def how(result: dict) -> str:
     """The recipe, and in what the run was not as the recipe is today."""
-    recipe = RECIPES[result["recipe"]]
-    words = [result["recipe"], f"{result['epochs']} epochs"]
+    name, recipe = result["recipe"], RECIPES[result["recipe"]]
+    if name == "fast" and "whiten" not in result:
+        name, recipe = "first fast", FIRST_FAST
+    words = [name, f"{result['epochs']} epochs"]
     for name in (field.name for field in fields(recipe)):
         value = result.get(name, getattr(recipe, name))  # settings that came later were off
         if name not in ("data", "epochs", "width") and str(value) != str(getattr(recipe, name)):

@@ -15,7 +15,7 @@ from errors import InputError
 
 RUN = {
     "recipe": "fast", "epochs": 2, "source": "cifar10", "width": 64, "valid": "test", "device_name": "a GPU",
-    "parameters": 6_573_130, "norm": "batch", "seed": 0, "last_accuracy": 0.9, "tta_accuracy": 0.91,
+    "parameters": 6_573_130, "norm": "batch", "seed": 0, "whiten": 0.01, "last_accuracy": 0.9, "tta_accuracy": 0.91,
     "options": {"out": "/home/me/run"}, "calibration_error": 0.01,
     "history": [{"epoch": n, "valid_accuracy": n / 3, "seconds": 4 - n} for n in (1, 2)],
 }  # fmt: skip
@@ -31,8 +31,8 @@ def place(tmp_path, monkeypatch):
     for name in ("speed/2-cores.json", "speed/2-cores-precision.json", "speed/2-cores-models.json", "scaling.json"):
         (tmp_path / "results" / name).parent.mkdir(exist_ok=True)
         (tmp_path / "results" / name).write_text((ROOT / "results" / name).read_text())
-    made = {"README.md": ("accuracy", "loading", "precision", "models"), "results/README.md": ("ablation",)}
-    made["docs/scaling.md"] = ("32 pixels", "224 pixels")
+    made = {"README.md": ("results",), "results/README.md": ("accuracy", "ablation"), "docs/models.md": ("models",)}
+    made |= {"docs/speed.md": ("loading", "precision"), "docs/scaling.md": ("32 pixels", "224 pixels")}
     for path, names in made.items():
         (tmp_path / path).parent.mkdir(exist_ok=True)
         marks = (f"<!-- made: {name} -->\nold\n<!-- end -->\nby hand\n" for name in names)
@@ -55,15 +55,18 @@ def test_the_readme_says_what_the_files_say():
 def test_the_pictures_show_what_the_files_say():
     for path, (_, drawn) in make.made_pictures().items():
         assert Image.open(path).text["Comment"] == make.digest(drawn), "python results/make.py draws it anew"
-        assert str(path.relative_to(ROOT)) in (ROOT / "README.md").read_text()
+        shown = ((ROOT / "README.md", ROOT), (ROOT / "results/README.md", ROOT / "results"))
+        assert any(f"({path.relative_to(folder)})" in text.read_text() for text, folder in shown)
 
 
 def test_runs_become_lines_and_a_picture(place, tmp_path):
-    seed = place(recipe="seed", last_accuracy=0.8, tta_accuracy=None)
+    seed = place(recipe="seed", whiten=0.0, last_accuracy=0.8, tta_accuracy=None)
     make.main([seed, place(), place(seed=1, last_accuracy=0.92), place(width=16, last_accuracy=0.3)])
-    readme = (tmp_path / "README.md").read_text()
+    readme = (tmp_path / "results/README.md").read_text()
     assert "old" not in readme
-    assert readme.count("by hand") == 5
+    assert readme.count("by hand") == 2
+    front = (tmp_path / "README.md").read_text()
+    assert "fast, 2 epochs | 6.57 M parameters | 2 | 91.00 ± 1.41 | 91.00 ± 0.00 | 0.0833 on a GPU, in fp32" in front
     rows = [
         [cell.strip() for cell in line.split("|")[2:-1]] for line in readme.splitlines() if " epochs | width" in line
     ]
@@ -85,12 +88,12 @@ def test_runs_become_lines_and_a_picture(place, tmp_path):
     assert len(kept) == 4
     assert all("options" not in json.loads(path.read_text()) for path in kept), "paths of the machine"
     pictures = make.made_pictures()
-    assert [path.name for path in pictures] == ["schedules.png", "cifar10-64-test-fp32.png"]
+    assert [path.name for path in pictures] == ["schedules.png", "cifar10-64-test-fp32.png", "curves.png"]
     assert all(Image.open(path).text["Comment"] == make.digest(drawn) for path, (_, drawn) in pictures.items())
 
     result = tmp_path / "results/runs/seed-2-epochs-cifar10-64-test-fp32-seed-0.json"
     result.write_text(json.dumps({**json.loads(result.read_text()), "last_accuracy": 0.81}))
-    assert make.made_texts()[tmp_path / "README.md"] != readme
+    assert make.made_texts()[tmp_path / "results/README.md"] != readme
     path, (_, drawn) = list(make.made_pictures().items())[1]
     assert Image.open(path).text["Comment"] != make.digest(drawn)
 
@@ -102,10 +105,10 @@ def test_a_changed_setting_is_named_and_compared_on_the_hold_out(place, tmp_path
     table = (tmp_path / "results/README.md").read_text()
     assert "| fast, 2 epochs | 2 | 90.00 ± 0.00 |  |  | 91.00 ± 0.00 |" in table
     assert "| fast, 2 epochs, wd 0.0 | 2 | 89.50 ± 2.12 | -0.50 ± 2.12 | fast, 2 epochs | 91.00 ± 0.00 |" in table
-    readme = (tmp_path / "README.md").read_text()
-    assert "| fast, 2 epochs, wd 0.0 | width 64, 6.57 M | fp32 | 1 | 88.00 |" in readme
-    assert "holdout" not in readme
-    assert "90.00" not in readme, "the hold-out's figures are not the test set's"
+    assert "| fast, 2 epochs, wd 0.0 | width 64, 6.57 M | fp32 | 1 | 88.00 |" in table
+    front = (tmp_path / "README.md").read_text()
+    assert "| 1 | 88.00 |" in front
+    assert "90.00" not in front, "the hold-out's figures are not the test set's"
 
 
 def test_the_same_run_again_takes_its_place(place, tmp_path):
