@@ -44,6 +44,7 @@ from images.decoding import FORMATS, MAX_PIXELS, read_image
 from names import markdown, printable
 from trained.classifier import Classifier, grad_cam
 from trained.loading import model_file
+from trained.predictor import Model
 from trained.safe_file import load_safetensors
 
 if TYPE_CHECKING:
@@ -67,20 +68,19 @@ def heat_map(pixels: np.ndarray, heat: np.ndarray) -> np.ndarray:
     return (0.45 * grey[..., None] + 0.55 * 255 * colormaps["inferno"](heat)[..., :3]).astype(np.uint8)
 
 
-def look(classifier: Classifier, classes: list[str], path: str) -> tuple[dict[str, float], np.ndarray, str]:
+def look(classifier: Classifier, model: Model, path: str) -> tuple[dict[str, float], np.ndarray, str]:
     """The probability of each class, the picture under its map, and how long it took. Raises InputError."""
     times = [perf_counter()]
     pixels = np.stack([read_image(Path(path), lambda name: None)])
     times.append(perf_counter())
-    with torch.inference_mode():
-        probabilities = classifier(torch.from_numpy(pixels)).softmax(1)[0].numpy()
+    probabilities = model.probabilities(pixels)[0]
     times.append(perf_counter())
     heat = grad_cam(classifier, pixels, probabilities.argmax(keepdims=True))
     picture = heat_map(pixels[0], heat[0])
     times.append(perf_counter())
     read, saw, drew = 1000 * np.diff(times)
     took = f"{read:.0f} ms to read the picture, {saw:.1f} ms to classify it, {drew:.0f} ms for the map (Grad-CAM)"
-    return dict(zip(classes, probabilities.tolist(), strict=True)), picture, took
+    return dict(zip(model.classes, probabilities.tolist(), strict=True)), picture, took
 
 
 def about(header: dict) -> str:
@@ -95,19 +95,19 @@ def about(header: dict) -> str:
     )
 
 
-def page(model: Path) -> "gradio.Blocks":
+def page(file: Path) -> "gradio.Blocks":
     """The page for a safe file; the examples on it are those in the folder `examples` beside the file."""
     import gradio as gr
 
-    classifier, header = load_safetensors(model)
-    # The first pass takes a tenth of a second more than any other.
-    grad_cam(classifier, np.zeros((1, 32, 32, 3), np.uint8), np.zeros(1, int))
+    classifier, header = load_safetensors(file)
+    model, grey = Model.of_torch(classifier, header, torch.device("cpu")), np.full((1, 32, 32, 3), 128, np.uint8)
+    grad_cam(classifier, grey, model.probabilities(grey).argmax(1))  # the first time takes a tenth of a second more
 
     def shown(upload):
         if upload is None:
             return None, None, ""
         try:
-            return look(classifier, header["classes"], upload["path"] or "")
+            return look(classifier, model, upload["path"] or "")
         except (InputError, OSError) as e:  # whose own words name a path of the server
             raise gr.Error(UNREADABLE, print_exception=False) from e
 
@@ -128,7 +128,7 @@ def page(model: Path) -> "gradio.Blocks":
         took = gr.Markdown(elem_id="took")
         # The file as it was sent: gradio's own reading of it ends in a traceback where it is no picture.
         picture.change(shown, picture, [label, seen, took], api_name="predict", preprocess=False)
-        if examples := sorted(map(str, (model.parent / "examples").glob("*.png"))):
+        if examples := sorted(map(str, (file.parent / "examples").glob("*.png"))):
             gr.Examples(examples, picture, label="Examples: images it was not trained on", examples_per_page=12)
     return blocks
 

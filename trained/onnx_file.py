@@ -3,7 +3,9 @@
 import json
 from importlib.util import find_spec
 from pathlib import Path
+from threading import Timer
 
+import numpy as np
 import torch
 
 from errors import InputError
@@ -11,6 +13,10 @@ from files import complete
 from trained.classifier import Classifier, example_images
 from trained.header import HEADER, check_header, foreign
 from trained.predictor import Model, cpu_only
+
+INTERFACE = ("images", "tensor(uint8)", [32, 32, 3], "tensor(float)")  # of our files: name, type and shape, and type
+SECONDS = 120  # for a batch; ours take one on two cores, and a stranger's may never end
+NO_LOG = 4  # but for what is fatal: what is wrong is said in one line
 
 
 def save_onnx(classifier: Classifier, header: dict, path: Path) -> None:
@@ -36,10 +42,28 @@ def load(path: Path, device: str) -> Model:
         import onnxruntime
     except ImportError:
         raise InputError(f"{path}: reading it takes a package more: pip install onnxruntime") from None
+    quiet = onnxruntime.SessionOptions()
+    quiet.log_severity_level = NO_LOG
     try:
-        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(path, quiet, providers=["CPUExecutionProvider"])
         header = json.loads(session.get_modelmeta().custom_metadata_map[HEADER])
         check_header(header)
+        (taken,), (given,) = session.get_inputs(), session.get_outputs()
+        if (taken.name, taken.type, taken.shape[1:], given.type) != INTERFACE or isinstance(taken.shape[0], int):
+            raise ValueError("it does not make floats of images, uint8 (n, 32, 32, 3)")
     except Exception as e:
         raise foreign(path, e) from e
-    return Model(header, lambda images: session.run(None, {"images": images})[0])
+
+    def logits(images: np.ndarray) -> np.ndarray:
+        options = onnxruntime.RunOptions()
+        options.log_severity_level = NO_LOG
+        stop = Timer(SECONDS, setattr, (options, "terminate", True))  # onnxruntime looks at it before every operation
+        stop.start()
+        try:
+            return session.run(None, {"images": images}, options)[0]
+        except Exception as e:  # whatever a foreign graph ends in
+            raise foreign(path, TimeoutError(f"no answer in {SECONDS} s") if options.terminate else e) from e
+        finally:
+            stop.cancel()
+
+    return Model(header, logits)

@@ -38,10 +38,15 @@ class Model:
         return self.header["classes"]
 
     def probabilities(self, images: np.ndarray, tta: bool = False) -> np.ndarray:
-        """Float (n, classes) of uint8 (n, 32, 32, 3); with `tta` each image counts together with its mirror image."""
+        """Float (n, classes) of uint8 (n, 32, 32, 3); with `tta` each image counts together with its mirror image.
+
+        Raises InputError where the network's answer is not a finite number for each class.
+        """
         logits = self.logits(images)
         if tta:
             logits = (logits + self.logits(np.ascontiguousarray(images[:, :, ::-1]))) / 2
+        if np.shape(logits) != (len(images), len(self.classes)) or not np.isfinite(logits).all():
+            raise InputError("the network's answer is not a finite number for each class; pass another file of it")
         return F.softmax(torch.from_numpy(logits), 1).numpy()
 
 

@@ -1,7 +1,6 @@
 """model.safetensors: weights as data, and a JSON header. Reading it runs nothing in it, and needs no fastai."""
 
 import json
-from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -55,15 +54,12 @@ def load_safetensors(path: str | Path) -> tuple[Classifier, dict]:
         network.load_state_dict(tensors, assign=True)
         if types != {name: tensor.dtype for name, tensor in tensors.items()}:
             raise ValueError("weights of another type")
+        if not all(tensor.isfinite().all() for tensor in tensors.values()):
+            raise ValueError("weights are not finite")
+        if any(tensor.min() < 0 for name, tensor in tensors.items() if name.endswith("running_var")):
+            raise ValueError("a variance is below 0")
         check_header(header)
-        if len(header["classes"]) != header["architecture"]["num_classes"]:
-            raise ValueError("classes are not as many as the network's outputs")
         mean, std = (header["normalization"][name] for name in ("mean", "std"))
-        numbers = [header["architecture"]["logit_scale"], header["last_accuracy"], *mean, *std]
-        if not all(isinstance(n, int | float) and isfinite(n) for n in numbers) or not len(mean) == len(std) == 3:
-            raise ValueError("normalization, logit_scale or last_accuracy are no numbers")
-        if not all(isinstance(header[name], str) for name in ("source", "valid")):
-            raise ValueError("source or valid are no words")
     except OSError as e:
         raise InputError(f"{path}: cannot be read ({e.strerror or e})") from e
     except Exception as e:  # whatever a foreign file makes of the readers and the network

@@ -122,6 +122,18 @@ def other_type(path):
     save_file({name: t.half() for name, t in load_file(path).items()}, path, {HEADER: json.dumps(header)})
 
 
+def weights(change):
+    """A function that rewrites the file with tensors that `change` has had its hands on."""
+
+    def rewrite(path):
+        _, header = load_safetensors(path)
+        tensors = load_file(path)
+        change(tensors)
+        save_file(tensors, path, {HEADER: json.dumps(header)})
+
+    return rewrite
+
+
 HARMS = {
     "empty": lambda path: path.write_bytes(b""),
     "words": lambda path: path.write_text("these are words, and more of them"),
@@ -149,6 +161,16 @@ HARMS = {
     "an accuracy of words": headed(lambda header: header.update(last_accuracy="best")),
     "a source of numbers": headed(lambda header: header.update(source=1)),
     "weights of half the size": other_type,
+    "weights of nan": weights(lambda tensors: tensors["head.bias"].fill_(float("nan"))),
+    "weights of inf": weights(lambda tensors: tensors["body.0.weight"][0, 0, 0].fill_(float("inf"))),
+    "a variance below 0": weights(lambda tensors: tensors["body.1.running_var"][0].fill_(-0.5)),
+    "a std of 0": headed(lambda header: header["normalization"].update(std=[0.2, 0, 0.2])),
+    "a mean of truths": headed(lambda header: header["normalization"].update(mean=[True, False, True])),
+    "a mean without end": headed(lambda header: header["normalization"].update(mean=[0.5, 0.5, float("inf")])),
+    "a huge scale": headed(lambda header: header["architecture"].update(logit_scale=1e308)),
+    "an accuracy of nan": headed(lambda header: header.update(last_accuracy=float("nan"))),
+    "two classes of a name": headed(lambda header: header["classes"].__setitem__(1, "0")),
+    "half a character": headed(lambda header: header["classes"].__setitem__(1, "\ud800")),
 }
 
 
@@ -265,6 +287,79 @@ def test_an_onnx_file_of_somebody_else_is_refused(trained, tmp_path):
     onnx.save(model, tmp_path / "other.onnx")
     with pytest.raises(InputError, match=r"other\.onnx: not a \.onnx file of this project"):
         load_model(tmp_path / "other.onnx")
+
+
+ONNX_HEADER = {
+    "format": 1, "architecture": {"num_classes": 2, "logit_scale": 1.0}, "normalization": {"mean": [0.5] * 3,
+    "std": [0.5] * 3}, "classes": ["a", "b"], "source": "digits", "valid": "test", "last_accuracy": 0.5,
+}  # fmt: skip
+
+
+def onnx_graph(path, name="images", kind=onnx.TensorProto.UINT8, shape=("n", 32, 32, 3), nodes=(), tensors=()):
+    """Write a model of our header that says of an image how red and how green it is, and whatever `nodes` add."""
+    make = onnx.helper
+    steps = [
+        make.make_node("Cast", [name], ["floats"], to=onnx.TensorProto.FLOAT),
+        make.make_node("ReduceMean", ["floats", "sides"], ["means"], keepdims=0),
+        make.make_node("Gather", ["means", "channels"], ["red" if nodes else "logits"], axis=1),
+    ]
+    arrays = {"sides": np.array([1, 2]), "channels": np.array([0, 1]), "true": np.array(True), "one": np.float32(1)}
+    initializers = [onnx.numpy_helper.from_array(value, key) for key, value in arrays.items()]
+    taken = make.make_tensor_value_info(name, kind, shape)
+    given = make.make_tensor_value_info("logits", onnx.TensorProto.FLOAT, ["n", 2])
+    graph = make.make_graph([*steps, *nodes], "graph", [taken], [given], [*initializers, *tensors])
+    model = make.make_model(graph, opset_imports=[make.make_opsetid("", 18)], ir_version=9)
+    model.metadata_props.add(key=HEADER, value=json.dumps(ONNX_HEADER))
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+def test_an_onnx_file_takes_what_ours_take(tmp_path):
+    red = np.full((1, 32, 32, 3), [4, 2, 0], np.uint8)
+    path = tmp_path / "a.onnx"
+    assert load_model(onnx_graph(path)).logits(red).tolist() == [[4, 2]]
+    for other in (
+        {"name": "x"},
+        {"kind": onnx.TensorProto.FLOAT},
+        {"shape": ("n", 3, 32, 32)},
+        {"shape": (2, 32, 32, 3)},
+    ):
+        with pytest.raises(InputError, match=r"a\.onnx: not .* \(ValueError it does not make floats of images, uint8"):
+            load_model(onnx_graph(path, **other))
+
+
+def test_an_onnx_file_that_never_ends_is_one_line(tmp_path, monkeypatch, capfd):
+    make, kinds = onnx.helper, onnx.TensorProto
+    values = {"i": (kinds.INT64, []), "go": (kinds.BOOL, []), "sum": (kinds.FLOAT, None)}
+    step = [make.make_node("Identity", ["go"], ["on"]), make.make_node("Add", ["sum", "one"], ["more"])]
+    given = {"on": (kinds.BOOL, []), "more": (kinds.FLOAT, None)}
+    ends = [[make.make_tensor_value_info(name, *value) for name, value in part.items()] for part in (values, given)]
+    loop = make.make_node("Loop", ["", "true", "red"], ["logits"], body=make.make_graph(step, "step", *ends))
+    monkeypatch.setattr(onnx_file, "SECONDS", 0.3)
+    model = load_model(onnx_graph(tmp_path / "a.onnx", nodes=[loop]))
+    with pytest.raises(InputError, match=r"a\.onnx: not .* \(TimeoutError no answer in 0\.3 s\)"):
+        model.logits(np.zeros((1, 32, 32, 3), np.uint8))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_an_answer_that_is_no_number_is_one_line(tmp_path):
+    nodes = [onnx.helper.make_node("Log", ["red"], ["logits"])]
+    with pytest.raises(InputError, match="the network's answer is not a finite number for each class"):
+        load_model(onnx_graph(tmp_path / "a.onnx", nodes=nodes)).probabilities(np.zeros((1, 32, 32, 3), np.uint8))
+
+
+@pytest.mark.parametrize("place", ["../secret", "/etc/passwd", "link"])
+def test_an_onnx_file_reads_no_other_file(tmp_path, place):
+    (tmp_path / "secret").write_bytes(bytes(8))
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/link").symlink_to("../secret")
+    tensor = onnx.TensorProto(name="more", data_type=onnx.TensorProto.FLOAT, dims=[2])
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    for key, value in {"location": place, "offset": "0", "length": "8"}.items():
+        tensor.external_data.add(key=key, value=value)
+    nodes = [onnx.helper.make_node("Add", ["red", "more"], ["logits"])]
+    with pytest.raises(InputError, match=r"a\.onnx: not a \.onnx file of this project"):
+        load_model(onnx_graph(tmp_path / "in/a.onnx", nodes=nodes, tensors=[tensor]))
 
 
 def test_what_runs_on_the_cpu_refuses_another_device(trained):
