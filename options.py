@@ -6,7 +6,7 @@ import shlex
 from dataclasses import asdict, dataclass, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args, get_type_hints
 
 from errors import InputError
 from names import printable
@@ -66,6 +66,8 @@ class Options:
     list_recipes: bool = False  # Print all recipes and stop
 
     def __post_init__(self):
+        if self.resume == "":  # a shell's variable that is not set
+            raise InputError("--resume '': name the folder of a run, or pass auto")
         if self.resume not in (None, "auto") and self.runs != 1:
             every = "leave it out, or pass --resume auto with the --out of all seeds"
             raise InputError(f"--runs {self.runs}: --resume {self.resume} goes on with one run; {every}")
@@ -147,6 +149,19 @@ class Options:
         return run, replace(started, precision=config["precision"], **free)
 
 
+def check_types(saved: dict) -> None:
+    """Raise TypeError or ValueError unless the command line could have given each value."""
+    for name, hint in get_type_hints(Options, include_extras=True).items():
+        value, default = saved.get(name, getattr(Options, name)), getattr(Options, name)
+        kind, *more = get_args(hint) or (hint,)  # of `str | None`, and of Annotated[str, {"choices": …}]
+        if value is default:
+            continue
+        if type(value) is not kind and (kind, type(value)) != (float, int):
+            raise TypeError(name)
+        if more and isinstance(more[0], dict) and value not in more[0]["choices"]:
+            raise ValueError(name)
+
+
 def read_config(run: Path) -> tuple[dict, Options]:
     """What is in the run's `config.json`, and the options among it; those that it lacks have their default.
 
@@ -157,6 +172,7 @@ def read_config(run: Path) -> tuple[dict, Options]:
         saved, known = config["options"], {field.name for field in fields(Options)}
         if unknown := sorted(saved.keys() - known):
             raise InputError(f"{run}/config.json: of a later version of the project, with {', '.join(unknown)}")
+        check_types(saved)
         return {"precision": "fp32", **config}, Options(**saved)
     except OSError as e:
         raise InputError(f"{run}: not the folder of a run, no config.json ({e.strerror})") from None

@@ -144,6 +144,8 @@ class Recipe:
             if not least <= value <= most or (above_0 and value == 0):
                 word = "above" if above_0 else "from"
                 raise InputError(f"{name} is {value}: it must be {word} {least} and at most {most}")
+        if 0 < self.cutmix < 0.01:  # of so few digits torch's Beta distribution makes another one, or none at all
+            raise InputError(f"cutmix is {self.cutmix}: it must be 0, or at least 0.01")
         if self.flips not in FLIPS:
             raise InputError(f"flips is {self.flips!r}: it must be one of {', '.join(FLIPS)}")
 

@@ -9,6 +9,7 @@ import sys
 import tarfile
 import zipfile
 import zlib
+from dataclasses import asdict
 
 import matplotlib.font_manager  # noqa: F401  makes its list of fonts now, not in a test's cache folder
 import numpy as np
@@ -461,6 +462,7 @@ for name, spoil, expected in (
         (f"batch {name}", lambda f, content=content: (f / "test_batch").write_bytes(python2_pickle(content)), expected)
         for name, content, expected in (
             ("of another shape", {b"data": PIXELS[:, :100], b"labels": [0, 1]}, "test_batch does not hold"),
+            ("of objects", {b"data": np.array([[Evil()]]), b"labels": [0]}, "it asks for posix.mkdir, which no batch"),
             ("of floats", {b"data": PIXELS.astype(np.float32), b"labels": [0, 1]}, "its array is not one of uint8"),
             ("with a label less", {b"data": PIXELS, b"labels": [0]}, "test_batch does not hold"),
             ("with an eleventh label", {b"data": PIXELS, b"labels": [0, 10]}, "test_batch does not hold"),
@@ -542,6 +544,7 @@ def test_bad_data(image_folder, refusal, spoil, expected, options):
         ("--pad 32", "pad is 32: it must be from 0 and at most 31"),
         ("--cutout 33", "cutout is 33: it must be from 0 and at most 32"),
         ("--cutmix -1", "cutmix is -1.0: it must be from 0"),
+        ("--cutmix 1e-300", "cutmix is 1e-300: it must be 0, or at least 0.01"),
         ("--seed -1 --data digits", "seed is -1: it must be at least 0"),
         ("--seed 4294967296 --data digits", "seed is 4294967296: it must be at least 0 and below 2**32"),
         ("--workers -1 --data digits", "workers is -1: it must be at least 0"),
@@ -553,6 +556,7 @@ def test_bad_data(image_folder, refusal, spoil, expected, options):
         ("--no-lr-find --lr-find-only", "--no-lr-find contradicts --lr-find-only"),
         ("--recipe demo --tta", "--tta: flip is 0, so that the network never learns from mirror images"),
         ("--device gpu --data digits", "--device gpu: no such device here; this machine has cpu"),
+        ("--device meta --data digits", "--device meta: no such device here; this machine has cpu"),
         ("--device cuda:99 --data digits", "--device cuda:99: no such device here; this machine has cpu"),
         ("--out /proc/nowhere/run --recipe demo", "/proc/nowhere: the run folder cannot be made here"),
         ("--out /dev/null --recipe demo", "--out /dev/null: this is a file; name a new or an empty folder"),
@@ -560,6 +564,7 @@ def test_bad_data(image_folder, refusal, spoil, expected, options):
         ("--out .. --recipe demo", "--out ..: the folder is not empty; name a new or an empty one"),
         ("--resume nowhere", "nowhere: not the folder of a run, no config.json"),
         ("--resume nowhere --runs 2", "--runs 2: --resume nowhere goes on with one run; leave it out"),
+        ("--resume=", "--resume '': name the folder of a run, or pass auto"),
         ("--resume auto", "--resume auto: pass --out RUN too"),
         ("--resume nowhere --out there", "--out there: a resumed run goes on in its own folder; leave it out"),
     ],
@@ -571,6 +576,15 @@ def test_bad_options(refusal, arguments, expected):
 @pytest.mark.parametrize("content", [b"", b"words", b"[]", b"{}", b'"options"', b'{"options": [1]}', b"\xff\xfe", b"["])
 def test_a_run_folder_of_something_else(tmp_path, refusal, content):
     (tmp_path / "config.json").write_bytes(content)
+    assert "config.json: not that of a run of this version of the project" in refusal("--resume", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change", [{"epochs": "4"}, {"seed": None}, {"seed": "0"}, {"tta": 1}, {"norm": "instance"}, {"flip": [0.5]}]
+)
+def test_a_run_folder_with_options_of_another_type(tmp_path, refusal, change):
+    config = {"options": asdict(Options(recipe="demo")) | change, "processes": 1}
+    (tmp_path / "config.json").write_text(json.dumps(config))
     assert "config.json: not that of a run of this version of the project" in refusal("--resume", tmp_path)
 
 

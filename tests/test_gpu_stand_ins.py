@@ -44,7 +44,7 @@ def small(tmp_path):
 def two_gpus(monkeypatch):
     """Where torch finds two GPUs, on which nothing can be computed; a list of those made the current one."""
     chosen = []
-    monkeypatch.setattr(torch, "zeros", lambda *args, device: None)
+    monkeypatch.setattr(torch, "zeros", lambda *args, device: torch.ones(1))
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.append(torch.device(device)))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: chosen[-1].index if chosen else 0)
     return chosen

@@ -32,7 +32,7 @@ def get_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()  # "meta" can make it, but not say what is in it
     except (RuntimeError, AssertionError):  # an unknown name, and a known one that this torch or machine lacks
         names = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
         names += ["mps"] if torch.backends.mps.is_available() else []
