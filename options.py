@@ -21,7 +21,7 @@ class Options:
     """Train a custom ResNet with fastai and albumentations: CIFAR-10 by default, or images of your own."""
 
     data: str | None = (
-        None  # cifar10, digits, a folder or archive of train/<class>/ and test/<class>/ images, or CIFAR-10's python version [the recipe's]
+        None  # cifar10, digits, a folder or archive of train/<class>/ and test/<class>/ (or valid, val, validation) images, or CIFAR-10's python version [the recipe's]
     )
     recipe: Annotated[str, {"choices": list(RECIPES)}] = "fast"  # Named settings, see recipes.py
     epochs: int = None  # Passes over the training images [the recipe's]

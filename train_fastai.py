@@ -44,7 +44,7 @@ from trained.learner_file import export
 from trained.safe_file import save_safetensors
 from training.callbacks import BatchLog, tta_accuracy
 from training.checkpoint import Checkpoint, faults_explained, load_checkpoint, remove_checkpoints, signals
-from training.description import describe, print_config
+from training.description import describe, few_batches, print_config
 from training.distributed import all_ranks, is_rank0, joined, on_rank0, own_folder
 from training.history import Forecast, RunLog, save_weights
 from training.learner import get_learner, new_learner  # noqa: F401  get_learner is for notebooks
@@ -93,6 +93,8 @@ def show_start(run: Run, learn: Learner, options: Options, config: dict) -> None
     print_config(config)
     with undisturbed(learn):
         print(f"\n{learn.summary()}\n")
+    if is_rank0() and (warning := few_batches(learn, options)):
+        print(f"warning: {warning}", file=sys.stderr)
     if is_rank0() and not options.no_pictures:
         save_augmentations(learn.dls, run / "augmentations.png")
     if options.compile:

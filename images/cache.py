@@ -14,7 +14,7 @@ import numpy as np
 from images.table import ImageTable
 from names import printable
 
-VERSION = 5  # of what the reading makes of a source; another one is another entry
+VERSION = 6  # of what the reading makes of a source; another one is another entry
 ARRAYS = ("images", "labels", "is_train")
 SUM = "sha256"  # the file of an entry that tells damage
 DAY = 24 * 60 * 60  # seconds
@@ -35,7 +35,7 @@ def decoded(path: Path, read: Callable[[Path], ImageTable]) -> ImageTable:
     entry = cache_root() / f"{name[:50]}-{_key(path)}"
     if table := _load(entry):
         return table
-    print(printable(f"decoding {name}; the next start finds it in {entry.parent}"))
+    print(printable(f"decoding     {name}; the next start finds it in {entry.parent}"))
     table = read(path)
     try:
         _save(entry, table)

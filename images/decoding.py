@@ -34,8 +34,11 @@ def to_rgb(image: Image.Image) -> np.ndarray:
     return np.array(image)  # Pillow's own memory could not be written to, which torch warns about
 
 
-def decode(data: bytes, name: str, animated: Callable[[str], None]) -> np.ndarray:
-    """A file's content → uint8 (32, 32, 3). Calls `animated` with its name where more frames are left out.
+def decode(
+    data: bytes, name: str, animated: Callable[[str], None], sized: Callable[[tuple[int, int]], None] | None = None
+) -> np.ndarray:
+    """A file's content → uint8 (32, 32, 3). Calls `animated` with its name where more frames are left out, and `sized`
+    with the width and height that it had.
 
     Raises InputError that names it where it is no image.
     """
@@ -43,17 +46,22 @@ def decode(data: bytes, name: str, animated: Callable[[str], None]) -> np.ndarra
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             if getattr(image, "n_frames", 1) > 1:
                 animated(name)
-            return to_rgb(image)
+            pixels, size = to_rgb(image), image.size
     except Exception as e:  # whatever a decoder makes of a foreign file: Pillow raises half a dozen types
         reason = str(e).partition(" <_io")[0]
         raise InputError(f"{name}: not a readable image ({reason}); remove or replace it") from e
+    if sized:
+        sized(size)
+    return pixels
 
 
-def read_image(path: Path, animated: Callable[[str], None]) -> np.ndarray:
+def read_image(
+    path: Path, animated: Callable[[str], None], sized: Callable[[tuple[int, int]], None] | None = None
+) -> np.ndarray:
     """`decode` of a file. Raises OSError where it cannot be read."""
     info = path.stat()
     if not stat.S_ISREG(info.st_mode):  # to read a pipe would wait for ever
         raise InputError(f"{path}: not a file; remove it")
     if info.st_size > MAX_BYTES:
         raise InputError(f"{path}: {info.st_size:,} bytes, more than any image here has; remove it")
-    return decode(path.read_bytes(), str(path), animated)
+    return decode(path.read_bytes(), str(path), animated, sized)

@@ -14,10 +14,11 @@ from images.archives import members
 from images.cache import decoded
 from images.cifar10 import BATCH_FILES, CIFAR10_STATS, download, read_batches
 from images.decoding import decode, read_image, to_rgb
-from images.table import SPLITS, Found, ImageTable, table_of
+from images.table import Found, ImageTable, Tally, table_of
 from names import printable
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+TEST = ("test", "valid", "val", "validation")  # names of the folder of test images; the first that is there counts
 
 
 def load_images(source: str | Path | ImageTable) -> ImageTable:
@@ -62,18 +63,21 @@ def _read_digits() -> ImageTable:
 def _read_folder(root: Path) -> ImageTable:
     if (root / "batches.meta").is_file():
         return read_batches(str(root), {n: (root / n).read_bytes() for n in BATCH_FILES if (root / n).is_file()})
-    found, animated = {}, []
-    for split in SPLITS:
+    splits = ("train", next((name for name in TEST if (root / name).is_dir()), TEST[0]))
+    found, tally = {}, Tally()
+    for split in splits:
         if not (root / split).is_dir():
-            raise InputError(f"{root}: there is no {split} folder in it; it must hold train/<class>/ and test/<class>/")
+            also = f" ({', '.join(TEST[1:])} will do)" if split == TEST[0] else ""
+            ways = f"it must hold train/<class>/ and test/<class>/{also}"
+            raise InputError(f"{root}: there is no {split} folder in it; {ways}")
         for folder in sorted(p for p in (root / split).iterdir() if not p.name.startswith(".")):
             if not folder.is_dir():
                 raise InputError(f"{folder}: a file where the folder of a class should be; remove it")
             files = sorted(p for p in folder.iterdir() if not p.name.startswith("."))
             for path in files:
                 _checked_suffix(str(path))
-            found[split, folder.name] = [(path.name, read_image(path, animated.append)) for path in files]
-    return table_of(str(root), found, animated)
+            found[split, folder.name] = [(p.name, read_image(p, tally.animated.append, tally.sized)) for p in files]
+    return table_of(str(root), found, tally, splits)
 
 
 def _checked_suffix(name: str) -> str:
@@ -83,14 +87,14 @@ def _checked_suffix(name: str) -> str:
 
 
 def _read_archive(path: Path) -> ImageTable:
-    batches, found, animated, depth = {}, defaultdict(list), [], None
+    batches, found, tally, depth = {}, defaultdict(list), Tally(), None
     for member, data in members(path):
         parts = member.parts
         if data is not None and member.name in BATCH_FILES:
             batches[member.name] = data
         if depth is None:  # the first train or test folder tells how deep the layout starts
-            depth = next((i for i, part in enumerate(parts) if part in SPLITS), None)
-        if depth is None or len(parts) < depth + 2 or parts[depth] not in SPLITS:
+            depth = next((i for i, part in enumerate(parts) if part in ("train", *TEST)), None)
+        if depth is None or len(parts) < depth + 2 or parts[depth] not in ("train", *TEST):
             continue  # a read-me, a list of labels
         if any(part.startswith(".") for part in parts[depth + 1 :]):
             continue  # .DS_Store and its like
@@ -100,9 +104,10 @@ def _read_archive(path: Path) -> ImageTable:
         name = f"{path}: {member}"
         if len(parts) != depth + 3:
             raise InputError(f"{name}: images must lie at train/<class>/ and test/<class>/")
-        images.append((member.name, decode(data, _checked_suffix(name), animated.append)))
+        images.append((member.name, decode(data, _checked_suffix(name), tally.animated.append, tally.sized)))
     if batches:
         return read_batches(str(path), batches)
     if not found:
         raise InputError(f"{path}: holds neither train/<class>/ and test/<class>/ images nor CIFAR-10's batch files")
-    return table_of(str(path), found, animated)
+    there = {split for split, _ in found}
+    return table_of(str(path), found, tally, ("train", next((name for name in TEST if name in there), TEST[0])))

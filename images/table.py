@@ -2,8 +2,8 @@
 
 import hashlib
 import unicodedata
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from time import perf_counter
 from typing import NamedTuple
 
 import numpy as np
@@ -12,6 +12,8 @@ from errors import InputError
 from images.decoding import SIZE
 
 SPLITS = ("train", "test")
+LARGE = 2 * SIZE  # pixels a side; what is in an image of more is hard to see when it is squeezed
+SECONDS = 10  # between two lines that say how many images have been decoded
 Found = dict[tuple[str, str], list[tuple[str, np.ndarray]]]  # (split, class) → (file name, pixels)
 
 
@@ -85,30 +87,58 @@ class ImageTable:
         return digest.hexdigest()
 
 
-def table_of(name: str, found: Found, animated: Sequence[str] = ()) -> ImageTable:
-    """Check the classes and put all images into one array, ordered by split, class and file name."""
-    classes = {split: {c for s, c in found if s == split} for split in SPLITS}
-    for split, other in (SPLITS, SPLITS[::-1]):
+@dataclass
+class Tally:
+    """What is to be said of the images of a source: which are animated, and their sizes before they were squeezed."""
+
+    animated: list[str] = field(default_factory=list)
+    sizes: list[tuple[int, int]] = field(default_factory=list)
+    said: float = field(default_factory=perf_counter)
+
+    def sized(self, size: tuple[int, int]) -> None:
+        """Count an image of that width and height; now and then a line says how many there are."""
+        self.sizes.append(size)
+        if perf_counter() - self.said > SECONDS:
+            print(f"decoding     {len(self.sizes):,} images so far")
+            self.said = perf_counter()
+
+    def notes(self) -> list[str]:
+        """A line for each."""
+        notes = []
+        if self.animated:
+            others = f", and of {len(self.animated) - 1} others" if len(self.animated) > 1 else ""
+            notes.append(f"{self.animated[0]}: animated; its first frame is taken{others}")
+        width, height = np.median(self.sizes, axis=0).astype(int) if self.sizes else (0, 0)
+        if max(width, height) > LARGE:
+            size = f"{width}x{height} pixels (the median)"
+            notes.append(f"images of {size} are squeezed to {SIZE}x{SIZE}; small things in them are lost")
+        return notes
+
+
+def table_of(name: str, found: Found, tally: Tally | None = None, splits: tuple[str, str] = SPLITS) -> ImageTable:
+    """Check the classes and put all images into one array, ordered by split, class and file name.
+
+    splits: what the training and the test set are called in `found`.
+    """
+    classes = {split: {c for s, c in found if s == split} for split in splits}
+    for split, other in (splits, splits[::-1]):
         if missing := sorted(classes[split] - classes[other]):
             raise InputError(f"{name}: class {missing[0]!r} is in {split} but not in {other}; both need every class")
-    names = sorted(classes["train"])
+    names = sorted(classes[splits[0]])
     if len(names) < 2:
         raise InputError(f"{name}: {len(names)} class in it; at least two are needed")
     for c in names:
         if any(unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") for char in c):
             raise InputError(f"{name}: class {c!r}: its name is not one line of text; rename the folder")
-    keys = [(split, c) for split in SPLITS for c in names]
+    keys = [(split, c) for split in splits for c in names]
     for split, c in keys:
         if not found[split, c]:
             raise InputError(f"{name}: class {c!r} has no image in {split}; add some, or remove it from both sides")
     images = np.stack([pixels for key in keys for _, pixels in sorted(found[key], key=lambda image: image[0])])
     counts = [len(found[key]) for key in keys]
     labels = np.repeat([names.index(c) for _, c in keys], counts)
-    is_train = np.repeat([split == "train" for split, _ in keys], counts)
-    notes = []
-    if animated:
-        others = f", and of {len(animated) - 1} others" if len(animated) > 1 else ""
-        notes.append(f"{animated[0]}: animated; its first frame is taken{others}")
+    is_train = np.repeat([split == splits[0] for split, _ in keys], counts)
+    notes = tally.notes() if tally else []
     digests = np.array([hashlib.blake2b(image.tobytes(), digest_size=8).digest() for image in images])
     if twice := int(np.isin(digests[~is_train], digests[is_train]).sum()):
         notes.append(f"{twice} of {(~is_train).sum()} test images are among the training images; the accuracy flatters")

@@ -75,9 +75,17 @@ def empty(root):
     root.mkdir()
 
 
-@bad("images: there is no test folder in it")
+@bad(
+    "images: there is no test folder in it; it must hold train/<class>/ and test/<class>/ (valid, val, validation will"
+)
 def another_layout(root):
+    (root / "test").rename(root / "dev")
+
+
+@bad("class 'owl' is in train but not in val; both need every class")
+def class_that_val_lacks(root):
     (root / "test").rename(root / "val")
+    (root / "train/owl").mkdir()
 
 
 @bad("images: there is no train folder in it")

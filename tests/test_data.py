@@ -93,6 +93,39 @@ def test_of_an_animated_image_the_first_frame_is_taken_with_a_warning(image_fold
         assert capsys.readouterr().err == line, "from the cache, too"
 
 
+def test_large_images_are_squeezed_with_a_warning(image_folder, capsys):
+    root = image_folder(size=(40, 30))
+    load_images(root)
+    assert capsys.readouterr().err == ""
+    for path in root.rglob("00[012].png"):  # more than half of them
+        Image.open(path).resize((200, 90)).save(path)
+    for _ in range(2):
+        load_images(root)
+        what = "images of 200x90 pixels (the median) are squeezed to 32x32; small things in them are lost"
+        assert capsys.readouterr().err == f"warning: images: {what}\n", "from the cache, too"
+
+
+def test_decoding_that_takes_long_says_how_far_it_is(image_folder, capsys, monkeypatch):
+    monkeypatch.setattr("images.table.SECONDS", 0)
+    load_images(image_folder(train=1, test=1))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("decoding     images; the next start finds it in ")
+    assert lines[1:] == [f"decoding     {n} images so far" for n in range(1, 5)]
+
+
+@pytest.mark.parametrize("name", ["valid", "val", "validation"])
+def test_other_names_of_the_test_folder(image_folder, tmp_path, name):
+    root = image_folder()
+    before = load_images(root).fingerprint()
+    (root / "test").rename(root / name)
+    assert load_images(root).fingerprint() == before
+    for path in (zipped(tmp_path / "a.zip", root), tar(tmp_path / "a.tgz", "w:gz", root)):
+        assert load_images(path).fingerprint() == before
+    (root / "test").mkdir()
+    with pytest.raises(InputError, match="class 'cat' is in train but not in test"):
+        load_images(root)
+
+
 def test_test_images_that_are_training_images_are_counted(image_folder, capsys):
     root = image_folder()
     for name in ("copy1.png", "copy2.png"):

@@ -14,8 +14,10 @@ from fastai.torch_core import num_distrib
 
 from names import printable
 from options import Options
+from recipes import RECIPES
 
 CHOSEN = ("norm", "seed", "valid", "valid_pct", "sync_bn", "compile", "deterministic")
+FEW = 10  # batches an epoch
 PACKAGES = ("fastai", "torch", "torchvision", "albumentations", "fastcore", "numpy", "pillow")
 
 
@@ -75,6 +77,22 @@ def git(*words: str) -> str | None:
         return subprocess.run(words, capture_output=True, text=True, timeout=60, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def few_batches(learn: Learner, options: Options) -> str | None:
+    """What to say, and what to pass instead, where an epoch has so few batches that a high learning rate destroys more
+    than the rest of the epochs can mend; else None.
+
+    The learning rate is as much lower than the recipe's as the batch is smaller. Source: Goyal et al., "Accurate, Large
+    Minibatch SGD" (2017), section 2.1.
+    """
+    batches, settings, recipe = len(learn.dls.train), options.settings(), RECIPES[options.recipe]
+    bs = min(settings.bs, max(4, len(learn.dls.train_ds) // FEW))
+    lr = float(f"{recipe.lr * bs / recipe.bs:.1g}")
+    if batches >= FEW or options.lr == "auto" or settings.lr <= lr:
+        return None
+    n = f"{batches} batch{'es' * (batches > 1)}"
+    return f"an epoch has {n}, few for a peak learning rate of {settings.lr:g}; pass --bs {bs} --lr {lr:g}"
 
 
 def print_config(config: dict) -> None:

@@ -241,6 +241,18 @@ def test_the_commit_and_whether_the_code_was_changed(tmp_path, monkeypatch):
         assert description.code_version() == {"commit": commit.strip(), "clean": False, "repository": web}
 
 
+def test_few_batches_an_epoch_are_a_warning_with_what_to_pass(image_folder, tmp_path, capsys):
+    few = {"data": str(image_folder(train=12)), "recipe": "ancestor", "epochs": 1, "width": 2, "no_lr_find": True}
+    few |= {"device": "cpu", "no_pictures": True}
+    for how, warning in (
+        ({"bs": 8}, "an epoch has 3 batches, few for a peak learning rate of 0.4; pass --bs 4 --lr 0.003"),
+        ({"bs": 4, "lr": "0.003"}, None),
+        ({"bs": 2}, None),  # twelve batches
+    ):
+        main(**few, **how, out=str(tmp_path / f"{how['bs']}"))
+        assert capsys.readouterr().err == (f"warning: {warning}\n" if warning else "")
+
+
 def test_a_long_training_on_a_cpu_says_how_long(tmp_path, capsys):
     with pytest.raises(Stopped):
         main(**SMALL | {"epochs": 10_000, "max_minutes": 0.15}, no_lr_find=True, out=str(tmp_path / "run"))
