@@ -91,9 +91,7 @@ def get_dls(
     )
     train_kwargs = {"num_workers": workers, "seed": seed, "persistent_workers": True}
     valid_kwargs = {"num_workers": 0}  # a validation batch is a copy out of the table, cheaper than passing it on
-    pin = device.type == "cuda"
-    dl_kwargs = [train_kwargs, valid_kwargs]
-    return block.dataloaders(table, bs=bs, device=device, pin_memory=pin, dl_kwargs=dl_kwargs)
+    return block.dataloaders(table, bs=bs, device=device, dl_kwargs=[train_kwargs, valid_kwargs])
 
 
 def _split(table: ImageTable, valid: str, valid_pct: float, seed: int) -> tuple[list[int], list[int]]:

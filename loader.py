@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import cycle, islice, starmap
+from math import prod
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from fastcore.basics import noop
 from fasttransform import Transform
 from torch.utils.data import DataLoader, Dataset
 
+from errors import InputError
 from images.decoding import SIZE
 from images.table import ImageTable
 
@@ -60,7 +62,11 @@ class Batches(Dataset):
                 self.by_item = TfmdDL.new(loader, cls=TfmdDL, num_workers=0)
             self.by_item.before_iter()  # tells the transforms whether these images are to train on
         if buffers:
-            self.buffers = torch.empty((buffers, loader.bs, SIZE, SIZE, 3), dtype=torch.uint8).share_memory_()
+            self.buffers = _shared(buffers, loader.share_size, SIZE, SIZE, 3)
+
+    def suit(self, loader: "KeyedDL") -> bool:
+        """Whether the loader still has these transforms, and its batches fit into the buffers."""
+        return self.transforms == list(loader.after_item.fs) and loader.share_size <= self.buffers.shape[1]
 
     def __getitem__(self, key: tuple) -> tuple:
         buffer, key = key
@@ -99,7 +105,7 @@ class KeyedDL(TfmdDL):
     """
 
     def __init__(self, dataset, *args, seed: int | None = None, **kwargs):
-        self.seed, self.epoch, self._workers = seed, -1, None
+        self.seed, self.epoch, self._workers, self._begun = seed, -1, None, None
         self.first, self.share = (-1, 0), (0, 1)  # (epoch, batch) to begin at; (which, of how many) of every batch
         super().__init__(dataset, *args, **kwargs)
 
@@ -114,8 +120,13 @@ class KeyedDL(TfmdDL):
         """
         self.share = rank, size
 
+    @property
+    def share_size(self) -> int:
+        """The images of a batch that are for this process, at most."""
+        return -(-self.bs // self.share[1])
+
     def __getstate__(self):
-        return {**self.__dict__, "_workers": None}
+        return {**self.__dict__, "_workers": None, "_begun": None}
 
     def new(self, dataset=None, cls=None, **kwargs):
         if dataset is None:
@@ -127,6 +138,8 @@ class KeyedDL(TfmdDL):
     def before_iter(self):
         super().before_iter()
         self.epoch += 1
+        # To pin memory is for a GPU alone: a loader from a file may be where there is none.
+        self.pin_memory = self.fake_l.pin_memory = self.device is not None and self.device.type == "cuda"
 
     def __iter__(self):
         if not isinstance(self.dataset.items, ImageTable):
@@ -135,27 +148,30 @@ class KeyedDL(TfmdDL):
         self.randomize()
         self.before_iter()
         in_workers = self.fake_l.num_workers > 0
-        for batch in self._from_workers() if in_workers else starmap(Batches(self).build, self._keys()):
+        for batch in self._from_workers() if in_workers else starmap(Batches(self).build, self._keys(self.epoch)):
             if self.pin_memory:
                 batch = tuple(t.pin_memory() for t in batch)
             yield self.after_batch(to_device(batch, self.device, non_blocking=self.pin_memory))
         self.after_iter()
 
     def _from_workers(self) -> Iterator[tuple]:
-        workers = self._workers
-        if workers is None or workers.dataset.transforms != list(self.after_item.fs):
-            self._workers = workers = None  # the old ones stop before the new ones start
+        workers, keys = self._workers, self._keys(self.epoch)
+        if workers is None or not workers.dataset.suit(self):
+            self._workers = self._begun = workers = None  # the old ones stop before the new ones start
             workers = self._start_workers()
             if self.fake_l.persistent_workers:
                 self._workers = workers
-        batches = workers.dataset
-        workers.sampler[:] = zip(cycle(range(len(batches.buffers))), self._keys())
-        for batch in workers:
+        begun, self._begun = self._begun, None
+        batches, running = workers.dataset, begun[1] if begun and _equal(begun[0], keys) else _begin(workers, keys)
+        for batch in running:
             if batches.by_item is None:
                 buffer, n, *labels = batch
                 x = batches.buffers[buffer, :n]  # until the next batch is taken; to pin it is to copy it
                 batch = _typed(x if self.pin_memory else x.clone(), *labels)
             yield batch
+        if workers is self._workers and self.seed is not None:
+            keys = self._keys(self.epoch + 1)  # most likely what is asked for next; validation leaves the time
+            self._begun = keys, _begin(workers, keys)
 
     def _start_workers(self) -> DataLoader:
         """Worker processes for as long as what is returned; its `sampler` is a list, for an epoch's keys."""
@@ -170,21 +186,24 @@ class KeyedDL(TfmdDL):
         weakref.finalize(workers, _stop_workers, iter(workers), os.getpid())
         return workers
 
-    def _keys(self) -> Iterator[tuple[int, range, np.ndarray]]:
+    def _keys(self, epoch: int) -> list[tuple[int, range, np.ndarray]]:
         """The epoch, the positions in it and the rows of every batch, or of this process's share of it."""
-        epoch, (first_epoch, first), (rank, size) = self.epoch, self.first, self.share
-        order = np.fromiter(islice(self.get_idxs(), self.n), int)  # `show_batch(unique=True)` has them never end
+        keys, (first_epoch, first), (rank, size) = [], self.first, self.share
+        order = self.get_idxs() if epoch == self.epoch else self._order(epoch)
+        order = np.fromiter(islice(order, self.n), int)  # `show_batch(unique=True)` has them never end
         for start in range(first * self.bs if epoch == first_epoch else 0, self.n, self.bs):
             n = min(self.bs, self.n - start)
             share = range(start + n * rank // size, start + n * (rank + 1) // size)
             if share and not (self.drop_last and n < self.bs):
-                yield epoch, share, order[share.start : share.stop]
+                keys.append((epoch, share, order[share.start : share.stop]))
+        return keys
 
     def get_idxs(self):
-        if self.seed is None:
-            return super().get_idxs()
+        return super().get_idxs() if self.seed is None else self._order(self.epoch)
+
+    def _order(self, epoch: int) -> np.ndarray:
         # As an array: fastai's lists of numbers take five times the room, in every process.
-        return np.random.default_rng([self.seed, self.epoch]).permutation(self.n) if self.shuffle else np.arange(self.n)
+        return np.random.default_rng([self.seed, epoch]).permutation(self.n) if self.shuffle else np.arange(self.n)
 
     def to_detach(self, b, cpu: bool = True, gather: bool = True):
         """fastai's hook: the metrics' sums (single numbers) stay on the device, so that no batch waits for it.
@@ -197,6 +216,29 @@ class KeyedDL(TfmdDL):
         import fastai.vision.learner  # noqa: F401  tells fastai how to draw images with predictions; takes two seconds
 
         return super().show_results(*args, **kwargs)
+
+
+def _begin(workers: DataLoader, keys: list[tuple]) -> Iterator[tuple]:
+    """Have the worker processes begin with these batches."""
+    workers.sampler[:] = zip(cycle(range(len(workers.dataset.buffers))), keys)
+    return iter(workers)
+
+
+def _shared(*shape: int) -> torch.Tensor:
+    """uint8 in shared memory."""
+    try:
+        return torch.empty(shape, dtype=torch.uint8).share_memory_()
+    except RuntimeError as e:
+        if "shared memory" not in str(e):
+            raise
+        need = f"the loader's processes share {prod(shape) / 1e6:,.0f} MB, for which /dev/shm has no room"
+        raise InputError(f"{need}; give a container more (docker run --shm-size 1g), or pass fewer --workers") from e
+
+
+def _equal(keys: list[tuple], others: list[tuple]) -> bool:
+    """Whether these are the keys of the same batches."""
+    pairs = zip(keys, others, strict=False)
+    return len(keys) == len(others) and all(a[:2] == b[:2] and np.array_equal(a[2], b[2]) for a, b in pairs)
 
 
 def _typed(x: torch.Tensor, *labels: np.ndarray) -> tuple:
