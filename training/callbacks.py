@@ -73,7 +73,7 @@ class LazyProgress(ProgressCallback):
 
 
 class ReduceLR(ReduceLROnPlateau):
-    """fastai's `ReduceLROnPlateau`; with one of torch's optimisers fastai lowers a copy of the learning rate."""
+    """fastai's `ReduceLROnPlateau`, which a checkpoint keeps."""
 
     def state_dict(self) -> dict:
         return {"best": self.best, "wait": self.wait}
@@ -82,12 +82,8 @@ class ReduceLR(ReduceLROnPlateau):
         self.best, self.wait = state["best"], state["wait"]
 
     def after_epoch(self):
-        if not self.recorder.values[-1]:
-            return  # an epoch that fastai skips, as it was done before a stop
-        lr = self.opt.hypers[-1]["lr"]
-        super().after_epoch()
-        if self.wait == 0 and not self.new_best:
-            self.opt.set_hyper("lr", max(lr / self.factor, self.min_lr))
+        if self.recorder.values[-1]:  # none in an epoch that fastai skips, as it was done before a stop
+            super().after_epoch()
 
 
 class Mirror(Callback):
