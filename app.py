@@ -168,7 +168,7 @@ def main(options: Options) -> None:
         raise InputError("gradio is not installed; pip install -r requirements-app.txt")
     file = model_file(options.model, [".safetensors"])
     if options.space:
-        write_space(file, Path(options.space).expanduser().resolve())
+        write_space(file, Path(os.path.expanduser(options.space)).resolve())
         space = printable(shlex.quote(options.space))
         print(f"see          {space}\npublish      hf upload USER/NAME {space} --repo-type space")
         return

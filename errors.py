@@ -71,9 +71,17 @@ def one_line_for_ctrl_c(kind: type[BaseException], error: BaseException, traceba
     os._exit(130)  # a hook cannot set the exit code otherwise
 
 
+def leave_stdout() -> None:
+    """Write no more to stdout, as that has failed; else Python tries once more at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def run_command(func: Callable, *args, **kwargs) -> Any:
     """What `func` returns; bad input becomes one line and exit code 2, Ctrl-C one line and 130."""
-    sys.stdout.reconfigure(line_buffering=True)  # whoever follows a log file sees each line as it comes
+    if sys.stdout is None:
+        fail("stdout is closed; send it to a file, or to /dev/null")
+    # Whoever follows a log file sees each line as it comes, and what the terminal cannot show as an escape.
+    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     try:
         return func(*args, **kwargs)
     except InputError as e:
@@ -83,8 +91,15 @@ def run_command(func: Callable, *args, **kwargs) -> Any:
             print(f"{Path(sys.argv[0]).name}: {e}", file=sys.stderr)
         sys.exit(e.code)
     except BrokenPipeError:  # whoever reads the output has had enough, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python tries once more at its end
+        leave_stdout()
         sys.exit(1)
+    except OSError:
+        try:
+            print(flush=True)  # is it stdout that cannot be written to, as /dev/full and a full disk?
+        except OSError as e:
+            leave_stdout()
+            fail(f"stdout: {e.strerror}; send it somewhere else")
+        raise
     except KeyboardInterrupt:
         if sys.stdout.isatty():
             print()  # the bar's line ends here

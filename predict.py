@@ -8,6 +8,7 @@ MODEL is the folder of a run, or a model's .safetensors, .onnx, .pt2 or .pkl; wh
 put in it. Exits with 1 where some images could not be used, after all others.
 """
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -32,7 +33,7 @@ class Options:
         if self.json and self.csv:
             raise InputError("--json contradicts --csv; drop one of them")
         for word in self.images:
-            if self.eval and all((Path(word) / split).is_dir() for split in ("train", "test")):
+            if self.eval and all(os.path.isdir(Path(word) / split) for split in ("train", "test")):
                 raise InputError(f"{word}: --eval on training images flatters; pass {Path(word) / 'test'}")
 
 
@@ -70,20 +71,38 @@ def complain(message: str) -> None:
 def find_images(words: Iterable[str], fail: Callable[[str], None]) -> Iterator[Path]:
     """The files that images, folders, patterns, and `-` for a list on stdin stand for; none has been opened."""
     for word in words:
-        path = Path(word).expanduser()
+        path = os.path.expanduser(word)  # in quotes the shell leaves it
         if word == "-":
-            sys.stdin.reconfigure(errors="surrogateescape")  # a name need not be text
-            yield from (Path(line) for line in sys.stdin.read().splitlines() if line)
+            yield from listed()
             continue
-        if path.is_dir():
-            found = [p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")]
-        elif has_magic(word) and not path.exists():
-            found = [p for p in map(Path, glob(str(path), recursive=True)) if not p.is_dir()]
+        if os.path.isdir(path):
+            found = images_in(path, fail)
+        elif has_magic(word) and not os.path.exists(path):
+            found = [name for name in glob(path, recursive=True) if not os.path.isdir(name)]
         else:
             found = [path]
         if not found:
             fail(f"{word}: no image there")
-        yield from sorted(found)
+        yield from sorted(map(Path, found))
+
+
+def listed() -> list[Path]:
+    """The names on stdin, each on a line of its own; whatever else is in them, they need not be text."""
+    if sys.stdin is None:
+        raise InputError("-: stdin is closed; pipe a list of images into it, or name them")
+    try:
+        return [Path(os.fsdecode(line)) for line in sys.stdin.buffer.read().split(b"\n") if line]
+    except OSError as e:
+        raise InputError(f"-: the list of images cannot be read ({e.strerror})") from e
+
+
+def images_in(folder: str, fail: Callable[[str], None]) -> list[str]:
+    """The images in it and below; `fail` hears of the folders that cannot be read."""
+    found = []
+    for where, _, names in os.walk(folder, onerror=lambda e: fail(f"{e.filename}: cannot be read ({e.strerror})")):
+        images = [name for name in names if name.lower().endswith(SUFFIXES) and not name.startswith(".")]
+        found += [os.path.join(where, name) for name in images]
+    return found
 
 
 def predictions(model: Model, paths: list[Path], tta: bool, fail: Callable[[str], None]) -> Rows:
@@ -96,8 +115,8 @@ def predictions(model: Model, paths: list[Path], tta: bool, fail: Callable[[str]
                 read.append(path)
             except InputError as e:
                 fail(str(e))
-            except OSError as e:
-                fail(f"{path}: cannot be read ({e.strerror or e})")
+            except (OSError, ValueError) as e:  # of ValueError, a name that no file can have
+                fail(f"{path}: cannot be read ({getattr(e, 'strerror', None) or e})")
         probabilities = model.probabilities(np.stack(pixels), tta) if read else ()
         for path, p in zip(read, probabilities, strict=True):
             yield path, [(model.classes[i], float(p[i])) for i in (-p).argsort(kind="stable")]
@@ -105,7 +124,7 @@ def predictions(model: Model, paths: list[Path], tta: bool, fail: Callable[[str]
 
 def print_csv(names: Iterable[str], rows: Iterable[Iterable]) -> None:
     """The rows under a line of names."""
-    sys.stdout.reconfigure(errors="surrogateescape")
+    sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")  # names as they are
     writer = csv.writer(sys.stdout, lineterminator="\n")
     writer.writerow(names)
     writer.writerows(rows)

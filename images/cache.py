@@ -20,9 +20,10 @@ SUM = "sha256"  # the file of an entry that tells damage
 DAY = 24 * 60 * 60  # seconds
 
 
-def cache_root() -> Path:
-    """`custom-resnet` in the user's cache folder. Any entry in it can be deleted at any time."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "custom-resnet"
+def cache_root() -> Path | None:
+    """`custom-resnet` in the user's cache folder, None without a home. Any entry in it can be deleted at any time."""
+    root = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    return None if root.startswith("~") else Path(root) / "custom-resnet"  # a container's user need not have one
 
 
 def decoded(path: Path, read: Callable[[Path], ImageTable]) -> ImageTable:
@@ -31,8 +32,13 @@ def decoded(path: Path, read: Callable[[Path], ImageTable]) -> ImageTable:
     A change of the source is told by the names, sizes and modification times of all files that are not hidden, one of
     the entry by its SHA-256. If nothing can be kept, or what was kept is damaged, a line on stderr says so.
     """
-    name = path.resolve().name
-    entry = cache_root() / f"{name[:50]}-{_key(path)}"
+    name, root = path.resolve().name, cache_root()
+    if root is None:
+        print(
+            printable(f"decoding {name}; to keep that for the next start set HOME or XDG_CACHE_HOME"), file=sys.stderr
+        )
+        return read(path)
+    entry = root / f"{name[:50]}-{_key(path)}"
     if table := _load(entry):
         return table
     print(printable(f"decoding     {name}; the next start finds it in {entry.parent}"))

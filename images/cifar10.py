@@ -23,7 +23,10 @@ BATCH_FILES = (*BATCHES, "batches.meta")
 
 def download() -> Path:
     """The folder of fastai's copy of CIFAR-10, downloaded if need be. Raises InputError where it cannot be."""
-    archive = fastai_path("archive") / Path(URLs.CIFAR).name
+    try:
+        archive = fastai_path("archive") / Path(URLs.CIFAR).name
+    except RuntimeError as e:  # pathlib's
+        raise InputError("there is no home folder for CIFAR-10; set HOME or FASTAI_HOME, or pass --data PATH") from e
     if not (fastai_path("data") / "cifar10").exists() and not archive.exists():
         _check_reachable(URLs.CIFAR)
         print(f"downloading CIFAR-10 (135 MB) to {archive}")

@@ -1,5 +1,6 @@
 """Where images come from: every source is decoded once, checked, and becomes an `ImageTable`."""
 
+import os
 import sys
 from collections import defaultdict
 from dataclasses import replace
@@ -31,7 +32,7 @@ def load_images(source: str | Path | ImageTable) -> ImageTable:
         return _read_digits()
     if "://" in str(source):
         raise InputError(f"{source}: an address, and only files are read; download it, then pass the file")
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     try:
         if source == "cifar10":
             return replace(decoded(download(), _read_folder), name="cifar10", stats=CIFAR10_STATS)

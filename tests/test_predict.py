@@ -1,8 +1,10 @@
 """What `predict.py` says of images, with each of the files of one model."""
 
 import csv
+import errno
 import io
 import json
+import os
 import subprocess
 import sys
 
@@ -29,7 +31,7 @@ def run(monkeypatch, capsys):
 
     def call(*words, stdin=b""):
         monkeypatch.setattr(sys, "argv", ["predict.py", *map(str, words)])
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        monkeypatch.setattr(sys, "stdin", None if stdin is None else io.TextIOWrapper(io.BytesIO(stdin)))
         code = 0
         try:
             run_command(predict.main, parse(predict.Options))
@@ -122,6 +124,69 @@ def test_images_that_cannot_be_used_are_named_and_counted_and_the_others_done(tr
     for name in bad:
         assert sum(line.startswith(f"predict.py: {tmp_path / name}: ") for line in lines) == 1, name
     assert run(trained, tmp_path / "words.png")[:2] == (1, "")
+
+
+NAMES = ("~a.png", "b\fc\x85d\u2028e.png", "f\rg.png", os.fsdecode(b"h\xff.png"))
+
+
+def test_any_name_that_a_file_can_have(trained, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in NAMES:
+        (tmp_path / name).write_bytes(next((trained / "digits/7").iterdir()).read_bytes())
+    listed = run(trained, "-", "--json", stdin=b"\n".join(map(os.fsencode, NAMES)))
+    assert listed == run(trained, *NAMES, "--json")
+    assert (listed[0], list(rows(listed[1])), listed[2]) == (0, list(NAMES), "")
+
+
+def test_names_that_no_file_can_have_are_complained_of_one_by_one(trained, run, tmp_path):
+    good = next((trained / "digits/7").iterdir())
+    code, out, err = run(trained, "-", "x" * 300, "--json", stdin=b"a.png\0b.png\n" + os.fsencode(good))
+    assert (code, list(rows(out))) == (1, [str(good)])
+    first, second, last = err.splitlines()
+    assert first == r"predict.py: a.png\x00b.png: cannot be read (embedded null byte)"
+    assert second == f"predict.py: {'x' * 300}: cannot be read (File name too long)"
+    assert last == "predict.py: 2 could not be used"
+
+
+def test_a_folder_that_cannot_be_read_is_named(trained, run, tmp_path, monkeypatch):
+    (tmp_path / "locked").mkdir()
+    (tmp_path / "a.png").write_bytes(next((trained / "digits/7").iterdir()).read_bytes())
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("locked"):  # root, who may run this, reads everything
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    code, out, err = run(trained, tmp_path, "--json")
+    assert (code, list(rows(out))) == (1, [str(tmp_path / "a.png")])
+    assert err.splitlines()[0] == f"predict.py: {tmp_path}/locked: cannot be read (Permission denied)"
+
+
+def test_closed_and_full_streams_are_one_line(trained, run, monkeypatch):
+    good = next((trained / "digits/7").iterdir())
+    assert run(trained, "-", stdin=None) == (
+        2, "", "predict.py: error: -: stdin is closed; pipe a list of images into it, or name them\n",
+    )  # fmt: skip
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        said = "predict.py: error: stdout: No space left on device; send it somewhere else\n"
+        assert run(trained, good) == (2, "", said)
+    monkeypatch.setattr(sys, "stdout", None)
+    assert run(trained, good)[::2] == (2, "predict.py: error: stdout is closed; send it to a file, or to /dev/null\n")
+
+
+def test_names_of_classes_where_a_terminal_knows_ascii_alone(trained, run, tmp_path, monkeypatch):
+    model = changed(trained, tmp_path / "words.safetensors", classes=["ä", *RESULT["classes"][1:]])
+    path, out = next((trained / "digits/0").iterdir()), {}
+    for options in ((), ("--csv",)):
+        written = io.BytesIO()
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+        assert run(model, path, *options)[::2] == (0, "")
+        out[options] = written.getvalue()
+    assert rb"\xe4" in out[()]
+    assert "ä".encode() in out["--csv",], "for programs as it is"
 
 
 def test_an_animated_image_is_said_to_be_one(trained, run, tmp_path):

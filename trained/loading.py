@@ -1,5 +1,6 @@
 """Any file of a trained model, read by the reader of its kind."""
 
+import os
 from collections.abc import Iterable
 from importlib import import_module
 from pathlib import Path
@@ -13,10 +14,11 @@ LOADERS = {".safetensors": "safe_file", ".pkl": "learner_file", ".onnx": "onnx_f
 
 def model_file(path: str | Path, kinds: Iterable[str] = tuple(LOADERS)) -> Path:
     """The file itself, or the safe one in the folder of a run. Raises InputError where there is none of these kinds."""
-    path = Path(path).expanduser()
-    file = path / "model.safetensors" if path.is_dir() else path
-    if not file.is_file():
-        what = "not the folder of a run that has ended, no model.safetensors in it" if path.is_dir() else "no such file"
+    path = Path(os.path.expanduser(path))
+    in_folder = os.path.isdir(path)
+    file = path / "model.safetensors" if in_folder else path
+    if not os.path.isfile(file):
+        what = "not the folder of a run that has ended, no model.safetensors in it" if in_folder else "no such file"
         raise InputError(f"{path}: {what}; pass a run folder, or a model's {', '.join(kinds)}")
     if file.suffix not in kinds:
         raise InputError(f"{file}: this takes a run folder, or a model's {', '.join(kinds)}")

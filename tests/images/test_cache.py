@@ -1,5 +1,6 @@
 import errno
 import os
+import pwd
 import shutil
 import subprocess
 import sys
@@ -170,6 +171,18 @@ def test_without_a_place_for_the_cache_it_goes_on(image_folder, cache, capsys):
     cache.write_text("a file where the folder should be")
     assert len(load_images(image_folder())) == 12
     assert "cannot be kept" in capsys.readouterr().err
+
+
+def test_without_a_home_it_goes_on(image_folder, tmp_path, monkeypatch, capsys):
+    for name in ("HOME", "XDG_CACHE_HOME", "FASTAI_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)  # a container's user need have no name
+    monkeypatch.chdir(tmp_path)
+    assert len(load_images(image_folder())) == 12
+    assert "decoding images; to keep that for the next start set HOME or XDG_CACHE_HOME" in capsys.readouterr().err
+    assert not (tmp_path / "~").exists()
+    with pytest.raises(InputError, match="no home folder for CIFAR-10; set HOME or FASTAI_HOME"):
+        load_images("cifar10")
 
 
 def test_what_a_killed_process_left_goes_after_a_day(image_folder, cache):

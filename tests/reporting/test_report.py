@@ -217,12 +217,12 @@ def test_what_cannot_be_compared_is_one_line(run, tmp_path, monkeypatch, capsys,
 
 def test_no_name_is_markup(image_folder, tmp_path, capsys):
     """Neither that of a class nor that of the data's folder, in pictures, in the card and on a terminal."""
-    source, classes = "a$\\b$c \x1b[2J![x](http:", ["$_$", "![x](y) <b>", "www.a|b"]
+    source, classes = "a$\\b$c \x1b[2J\udcff![x](http:", ["$_$", "![x](y) <b>", "www.a|b"]
     root = image_folder(classes, train=2, root=tmp_path / source)
     main(**{**SMALL, "data": str(root), "bs": 2, "epochs": 1, "width": 1}, out=str(tmp_path / "run"))
     card = (tmp_path / "run/README.md").read_text()
     assert "apart: \\!\\[x\\]\\(y\\) \\<b\\>, \\$\\_\\$, www\\.a\\|b.\n" in card
-    assert card.count(r"a\$\\b\$c \\x1b\[2J\!\[x\]\(http\:") == 2, "in the title, and where the data is said"
+    assert card.count(r"a\$\\b\$c \\x1b\[2J\\udcff\!\[x\]\(http\:") == 2, "in the title, and where the data is said"
     assert "\x1b" not in card + "".join(capsys.readouterr())
     result = json.loads((tmp_path / "run/result.json").read_text())
     save_comparison({"$_$": [result]}, tmp_path / "comparison.png")
