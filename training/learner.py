@@ -6,6 +6,7 @@ import fastai.callback.hook  # gives every Learner its summary
 import fastai.callback.schedule  # noqa: F401  lr_find and fit_one_cycle
 import torch
 from fastai.callback.channelslast import ChannelsLast
+from fastai.callback.core import Callback
 from fastai.callback.mixup import CutMix
 from fastai.callback.progress import ProgressCallback
 from fastai.data.core import DataLoaders
@@ -25,7 +26,7 @@ from trained.learner_file import carry_our_code
 from training.averaging import WeightAverage
 from training.callbacks import LazyProgress, LazyRecorder
 from training.distributed import in_turns
-from training.optimizer import SGD, norm_biases_apart
+from training.optimizer import SGD, norm_biases_apart, norms
 from training.precision import MixedPrecision, choose_precision
 from training.whitening import Whitening, whitening_matrix
 
@@ -45,6 +46,24 @@ def get_learner(
     lazy = {Recorder: LazyRecorder, ProgressCallback: LazyProgress}
     cbs = [*(lazy.get(cb, cb) for cb in defaults.callbacks), ChannelsLast()]
     cbs.append(MixedPrecision(choose_precision(precision, dls.device)))
+    if dls.device.type == "cuda":
+        # Batches have one shape: cuDNN tries its ways once and keeps the best, which is not always the same one.
+        torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
+    settings = {
+        "loss_func": CrossEntropyLossFlat(label_smoothing=recipe.label_smoothing),
+        "lr": recipe.lr,
+        "wd": recipe.wd,
+        "moms": (recipe.momentum,) * 3,  # constant, where fastai's default cycles it against the learning rate
+        "metrics": accuracy,
+        "cbs": [*cbs, *recipe_callbacks(recipe, dls, model), *L(kwargs.pop("cbs", None))],
+        "default_cbs": False,
+    }
+    return Learner(dls, model, **{**settings, **optimizer(recipe, model), **kwargs})
+
+
+def recipe_callbacks(recipe: Recipe, dls: DataLoaders, model: CustomResNet) -> list[Callback]:
+    """What the recipe wants done beside fastai's training; `model` is new."""
+    cbs = []
     if recipe.cutmix:
         cbs.append(CutMix(recipe.cutmix))
     if recipe.whiten:
@@ -52,25 +71,17 @@ def get_learner(
         cbs[-1].start(model.body[0])
     if recipe.ema:
         cbs.append(WeightAverage(recipe.ema))
-    if dls.device.type == "cuda":
-        # Batches have one shape: cuDNN tries its ways once and keeps the best, which is not always the same one.
-        torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
+    return cbs
+
+
+def optimizer(recipe: Recipe, model: CustomResNet) -> dict:
+    """The recipe's SGD and its groups of parameters, as `Learner` takes them."""
     opt_func = partial(SGD, momentum=recipe.momentum, nesterov=recipe.nesterov)
-    settings = {
-        "loss_func": CrossEntropyLossFlat(label_smoothing=recipe.label_smoothing),
-        "opt_func": opt_func,
-        "lr": recipe.lr,
-        "wd": recipe.wd,
-        "moms": (recipe.momentum,) * 3,  # constant, where fastai's default cycles it against the learning rate
-        "metrics": accuracy,
-        "cbs": [*cbs, *L(kwargs.pop("cbs", None))],
-        "default_cbs": False,
-    }
-    if recipe.norm_bias_lr != 1:
-        # A scale does little before a convolution that can scale, too: without it, the biases can be fast.
-        settings["opt_func"] = partial(opt_func, lr_scales=(recipe.norm_bias_lr, 1.0))
-        settings["splitter"] = norm_biases_apart
-    return Learner(dls, model, **{**settings, **kwargs})
+    if recipe.norm_bias_lr == 1:
+        return {"opt_func": opt_func}
+    for norm in norms(model):
+        norm.weight.requires_grad_(False)  # the convolution behind can scale, too, and the biases can be fast
+    return {"opt_func": partial(opt_func, lr_scales=(recipe.norm_bias_lr, 1.0)), "splitter": norm_biases_apart}
 
 
 def new_learner(options: Options, device: torch.device) -> Learner:

@@ -58,9 +58,13 @@ class SGD(OptimWrapper):
             hypers[name] = value
 
 
+def norms(model: nn.Module) -> list[nn.Module]:
+    """The normalisation layers."""
+    return [m for m in model.modules() if isinstance(m, nn.BatchNorm2d | nn.GroupNorm)]
+
+
 def norm_biases_apart(model: nn.Module) -> list[list[nn.Parameter]]:
-    """fastai's splitter for two groups of parameters: the biases of norms, and the others but for scales of norms."""
-    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d | nn.GroupNorm)]
-    biases, scales = ([getattr(m, name) for m in norms] for name in ("bias", "weight"))
-    apart = {id(p) for p in (*biases, *scales)}
-    return [biases, [p for p in model.parameters() if id(p) not in apart]]
+    """fastai's splitter for two groups of trainable parameters: the biases of norms, and the others."""
+    biases = [norm.bias for norm in norms(model)]
+    apart = set(map(id, biases))
+    return [biases, [p for p in model.parameters() if p.requires_grad and id(p) not in apart]]
