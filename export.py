@@ -2,9 +2,10 @@
 
     python export.py RUN --to onnx              RUN/model.onnx, for onnxruntime and whatever else reads ONNX
     python export.py RUN --to pt2               RUN/model.pt2, for `torch.export.load`
+    python export.py RUN --to half              RUN/model.half.safetensors, the weights in 16 bits each
     python export.py RUN --push USER/NAME       the folder, with its model card, to the Hugging Face Hub
 
-RUN is the folder of a run that has ended. Both files take pixels as they come out of a decoder, uint8 (N, 32, 32, 3).
+RUN is the folder of a run that has ended. ONNX and pt2 take pixels as they come out of a decoder, uint8 (N, 32, 32, 3).
 """
 
 from dataclasses import dataclass
@@ -18,13 +19,13 @@ class Options:
     """Make another file of a trained model, or publish it."""
 
     run: str  # Folder of a run that has ended
-    to: Annotated[str, {"choices": ["onnx", "pt2"]}] = None  # Write RUN/model.onnx or RUN/model.pt2
+    to: Annotated[str, {"choices": ["onnx", "pt2", "half"]}] = None  # Write RUN/model.onnx, .pt2 or .half.safetensors
     push: str = None  # Send the folder to USER/NAME on the Hugging Face Hub, for all to see
     private: bool = False  # With --push: for yourself alone, if there is no such repository yet
 
     def __post_init__(self):
         if not self.to and not self.push:
-            raise InputError("nothing to do; pass --to onnx or --to pt2, or --push USER/NAME")
+            raise InputError("nothing to do; pass --to onnx, pt2 or half, or --push USER/NAME")
         if self.private and not self.push:
             raise InputError("--private goes with --push; drop it, or pass both")
 
@@ -39,9 +40,9 @@ from pathlib import Path
 from trained.loading import model_file
 from trained.onnx_file import save_onnx
 from trained.pt2_file import save_pt2
-from trained.safe_file import load_safetensors
+from trained.safe_file import load_safetensors, save_half
 
-WRITERS: dict[str, Callable] = {"onnx": save_onnx, "pt2": save_pt2}
+WRITERS: dict[str, Callable] = {"onnx": save_onnx, "pt2": save_pt2, "half.safetensors": save_half}  # by the file's end
 
 
 def send(run: Path, repo: str, private: bool = False) -> str:
@@ -78,8 +79,9 @@ def main(options: Options) -> None:
     """The command."""
     file = model_file(options.run, [".safetensors"])
     if options.to:
-        path = file.with_suffix(f".{options.to}")
-        WRITERS[options.to](*load_safetensors(file), path)
+        suffix = "half.safetensors" if options.to == "half" else options.to
+        path = file.with_suffix(f".{suffix}")
+        WRITERS[suffix](*load_safetensors(file), path)
         print(f"see          {path}, {path.stat().st_size / 1e6:.1f} MB")
     if options.push:
         print(f"see          {send(Path(options.run), options.push, options.private)}")

@@ -34,7 +34,22 @@ def save_safetensors(learn: "Learner", path: Path, result: dict) -> None:
         **{name: result[name] for name in ("classes", "source", "fingerprint", "recipe", "epochs", "seed", "valid")},
         **{name: result[name] for name in ("flip", "last_accuracy", "tta_accuracy", "versions")},
     }
-    tensors = {name: t.detach().cpu().contiguous() for name, t in learn.model.state_dict().items()}
+    _write(learn.model.state_dict(), header, path)
+
+
+def save_half(classifier: Classifier, header: dict, path: Path) -> None:
+    """Write the classifier and its header to `path` with weights of 16 bits, in half the room.
+
+    Raises InputError for weights too large for that.
+    """
+    tensors = {name: t.half() if t.is_floating_point() else t for name, t in classifier.network.state_dict().items()}
+    if not all(t.isfinite().all() for t in tensors.values()):
+        raise InputError("--to half: weights of this network are too large for 16 bits; leave it as it is")
+    _write(tensors, header, path)
+
+
+def _write(tensors: dict[str, torch.Tensor], header: dict, path: Path) -> None:
+    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     with complete(path) as beside:
         beside.write_bytes(save(tensors, {"format": "pt", HEADER: json.dumps(header)}))
 
@@ -48,6 +63,7 @@ def load_safetensors(path: str | Path) -> tuple[Classifier, dict]:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {})[HEADER])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no dict
+        tensors = {name: t.float() if t.dtype == torch.float16 else t for name, t in tensors.items()}  # of `save_half`
         with torch.device("meta"):  # takes no memory, whatever the header asks for; the weights are the file's own
             network = CustomResNet(**header["architecture"])
         types = {name: tensor.dtype for name, tensor in network.state_dict().items()}

@@ -402,12 +402,25 @@ def test_the_command_writes_the_file_beside_the_safe_one(run, trained, to):
     assert not list(run.glob(f".model*{to}"))
 
 
+def test_weights_of_16_bits_take_half_the_room_and_answer_alike(run, trained, learner):
+    result = export_command(run, "--to", "half")
+    path, whole = run / "model.half.safetensors", run / "model.safetensors"
+    assert (result.returncode, result.stderr) == (0, "")
+    assert path.stat().st_size < 0.51 * whole.stat().st_size
+    images = learner.dls.valid_ds.items.batch(list(range(300)))[0]
+    model, other = load_model(path, "cpu"), load_model(whole, "cpu")
+    assert model.header == other.header
+    difference = np.abs(model.probabilities(images) - other.probabilities(images)).max()
+    assert 0 < difference < 0.01
+    assert (model.logits(images).argmax(1) == other.logits(images).argmax(1)).mean() > 0.99
+
+
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
         (["nosuch", "--to", "onnx"], "nosuch: no such file"),
         ([".", "--to", "onnx"], r"\.: not the folder of a run that has ended"),
-        (["RUN"], "nothing to do; pass --to onnx or --to pt2, or --push USER/NAME"),
+        (["RUN"], "nothing to do; pass --to onnx, pt2 or half, or --push USER/NAME"),
         (["RUN", "--to", "tflite"], "invalid choice: 'tflite'"),
         (["RUN", "--private", "--to", "onnx"], "--private goes with --push"),
         (["RUN", "--push", "me/x"], "no token for the Hugging Face Hub; log in with hf auth login, or set HF_TOKEN"),
