@@ -9,7 +9,7 @@ RUN is the folder of a run, or a model.safetensors. It takes requirements-app.tx
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from errors import InputError, parse, run_command
+from errors import InputError, Stopped, parse, run_command
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,13 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import socket
+from collections.abc import Callable
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from time import perf_counter
 
 import numpy as np
@@ -50,7 +53,8 @@ from trained.safe_file import load_safetensors
 if TYPE_CHECKING:
     import gradio
 
-MAX_UPLOAD = "10mb"
+MAX_UPLOAD = 10 * 2**20  # bytes, of all that is sent in one request
+LOCAL = ("127.0.0.1", "localhost")
 TOP = 5
 SIDE = 320  # pixels of the picture with the map on it
 UNREADABLE = f"This cannot be read as a picture: it must be one of {', '.join(FORMATS)}, of at most {MAX_PIXELS // 10**6} megapixels."
@@ -95,6 +99,28 @@ def about(header: dict) -> str:
     )
 
 
+def examples_of(file: Path) -> list[Path]:
+    """The pictures in the folder `examples` beside a safe file; no links, as what they lead to is not meant for all."""
+    folder = file.parent / "examples"
+    found = [] if folder.is_symlink() else folder.glob("*.png")
+    return sorted(path for path in found if path.is_file() and not path.is_symlink())
+
+
+class Limited:
+    """ASGI middleware that refuses a request of more than `MAX_UPLOAD` bytes: gradio looks at each file by itself."""
+
+    def __init__(self, app: Callable):
+        self.app = app
+
+    async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
+        headers = dict(scope.get("headers", ()))
+        if int(headers.get(b"content-length", 0)) > MAX_UPLOAD or b"transfer-encoding" in headers:  # of no length
+            await send({"type": "http.response.start", "status": 413, "headers": []})
+            await send({"type": "http.response.body", "body": b"too large"})
+        else:
+            await self.app(scope, receive, send)
+
+
 def page(file: Path) -> "gradio.Blocks":
     """The page for a safe file; the examples on it are those in the folder `examples` beside the file."""
     import gradio as gr
@@ -128,8 +154,10 @@ def page(file: Path) -> "gradio.Blocks":
         took = gr.Markdown(elem_id="took")
         # The file as it was sent: gradio's own reading of it ends in a traceback where it is no picture.
         picture.change(shown, picture, [label, seen, took], api_name="predict", preprocess=False)
-        if examples := sorted(map(str, (file.parent / "examples").glob("*.png"))):
-            gr.Examples(examples, picture, label="Examples: images it was not trained on", examples_per_page=12)
+        if examples := examples_of(file):
+            gr.Examples(
+                list(map(str, examples)), picture, label="Examples: images it was not trained on", examples_per_page=12
+            )
     return blocks
 
 
@@ -151,8 +179,9 @@ def write_space(model: Path, folder: Path) -> None:
             shutil.copy(here / name, beside / name)
         shutil.copy(here / "requirements-app.txt", beside / "requirements.txt")
         shutil.copy(model, beside / "model.safetensors")
-        if (examples := model.parent / "examples").is_dir():
-            shutil.copytree(examples, beside / "examples")
+        (beside / "examples").mkdir()
+        for example in examples_of(model):
+            shutil.copy(example, beside / "examples", follow_symlinks=False)
         text = f"---\n{lines}\n---\n\n# What is in the picture?\n\n{about(header)}\n"
         (beside / "README.md").write_text(text, encoding="utf-8")
         beside.replace(folder)
@@ -172,20 +201,37 @@ def main(options: Options) -> None:
         space = printable(shlex.quote(options.space))
         print(f"see          {space}\npublish      hf upload USER/NAME {space} --repo-type space")
         return
-    import gradio as gr
 
-    blocks = page(file)
+    def stop(number, frame):
+        raise Stopped(f"stopped by {signal.Signals(number).name}", 128 + number)
+
+    for number in (signal.SIGTERM, signal.SIGHUP):  # else the uploads would stay
+        signal.signal(number, stop)
+    with TemporaryDirectory(prefix="custom-resnet-", dir=os.environ.get("GRADIO_TEMP_DIR")) as uploads:
+        os.environ["GRADIO_TEMP_DIR"] = uploads
+        show(page(file), options.host, options.port)
+
+
+def show(blocks: "gradio.Blocks", host: str | None, port: int | None) -> None:
+    """Show the page until it is stopped. Raises InputError where it cannot listen there."""
+    import gradio as gr
+    from starlette.middleware import Middleware
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+    around = [Middleware(Limited)]
+    if (host or os.environ.get("GRADIO_SERVER_NAME", LOCAL[0])) in LOCAL:  # a page elsewhere can name this one its own
+        around.append(Middleware(TrustedHostMiddleware, allowed_hosts=LOCAL))
     try:
-        family = socket.AF_INET6 if ":" in (options.host or "") else socket.AF_INET
-        address = (options.host or "127.0.0.1", options.port or 0)
-        socket.create_server(address, family=family).close()  # gradio would try for ever
+        family = socket.AF_INET6 if ":" in (host or "") else socket.AF_INET
+        socket.create_server((host or LOCAL[0], port or 0), family=family).close()  # gradio would try for ever
         _, url, _ = blocks.launch(
-            server_name=options.host, server_port=options.port, max_file_size=MAX_UPLOAD, ssr_mode=False,
+            server_name=host, server_port=port, max_file_size=MAX_UPLOAD, ssr_mode=False,
             theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),  # not from Google
             css=CSS, footer_links=["api", "gradio"], show_error=True, quiet=True, prevent_thread_lock=True,
+            app_kwargs={"middleware": around},
         )  # fmt: skip
     except (OSError, OverflowError) as e:
-        given = {"--host": options.host, "--port": options.port}
+        given = {"--host": host, "--port": port}
         where = " ".join(f"{option} {value}" for option, value in given.items() if value is not None)
         raise InputError(f"{where or 'no free port'}: cannot listen there ({e}); pass others") from e
     print(f"see          {url}")

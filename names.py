@@ -15,4 +15,4 @@ def shortened(name: str, length: int = 14) -> str:
 
 def markdown(text: str) -> str:
     """`text` on one line of Markdown: what would make a link, a picture, a formula or HTML of it is escaped."""
-    return re.sub(r"[!-+/:-@\[-`{-~]|(?<=www)\.", r"\\\g<0>", printable(text), flags=re.IGNORECASE)
+    return re.sub(r"[!-+:-@\[-`{-~]|(?<=www)\.", r"\\\g<0>", printable(text), flags=re.IGNORECASE)

@@ -1,11 +1,16 @@
 """The page: asked through its API, and in a browser, from the folder that is made for a Space."""
 
+import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
+from http.client import HTTPConnection
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +21,8 @@ from PIL import Image
 from playwright.sync_api import expect, sync_playwright
 
 import app as app_module
-from errors import InputError
+from errors import InputError, Stopped
+from trained.safe_file import load_safetensors
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
@@ -34,6 +40,7 @@ def space(trained, tmp_path_factory):
     (run / "examples").mkdir()
     for label in range(10):
         shutil.copy(next((trained / "digits" / str(label)).iterdir()), run / "examples" / f"{label:02}.png")
+    (run / "examples/secret.png").symlink_to("/etc/passwd")
     folder = run.parent / f"{run.name}-space"
     result = app("--space", folder, run)
     assert (result.returncode, result.stderr) == (0, "")
@@ -58,9 +65,10 @@ def url(space):
 
 
 def test_a_space_has_what_it_needs(space):
-    names = {"app.py", "errors.py", "files.py", "model.py", "images", "trained"}
+    names = {"app.py", "errors.py", "files.py", "model.py", "names.py", "images", "trained"}
     others = {"README.md", "requirements.txt", "model.safetensors", "examples"}
     assert {path.name for path in space.iterdir() if path.name != "__pycache__"} == names | others
+    assert [path.name for path in sorted((space / "examples").iterdir())] == [f"{i:02}.png" for i in range(10)]
     head = (space / "README.md").read_text().split("---")[1]
     assert 'sdk: "gradio"\n' in head
     assert re.search(r'sdk_version: "\d+\.\d+\.\d+"\n', head)
@@ -110,6 +118,76 @@ def test_the_page_is_for_this_machine_alone(url):
     socket.create_connection(("127.0.0.1", port), 5).close()
     with pytest.raises(ConnectionRefusedError):  # an address of this machine, too
         socket.create_connection(("127.0.0.2", port), 5)
+
+
+# As a stranger asks it
+
+
+def ask(url, path, body=None, **headers):
+    """The status and the content of an answer, for a path that is sent as it is."""
+    connection = HTTPConnection(url.removeprefix("http://").rstrip("/"), timeout=30)
+    names = {name.replace("_", "-"): value for name, value in headers.items()}
+    connection.request("GET" if body is None else "POST", path, body, names)
+    answer = connection.getresponse()
+    return answer.status, answer.read()
+
+
+def test_another_host_is_refused(url):
+    assert ask(url, "/", Host="evil.example") == (400, b"Invalid host header")
+    assert ask(url, "/", Host="localhost:1234")[0] == 200
+
+
+def test_what_is_sent_has_a_limit_in_all(url):
+    form = {"Content_Type": "multipart/form-data; boundary=B"}
+
+    def parts(number, size):
+        head = b'--B\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'
+        return number * (head + bytes(size) + b"\r\n") + b"--B--\r\n"
+
+    assert ask(url, "/gradio_api/upload", parts(2, 1000), **form)[0] == 200
+    assert ask(url, "/gradio_api/upload", parts(3, 4_000_000), **form) == (413, b"too large")
+    assert ask(url, "/gradio_api/upload", iter([parts(1, 1000)]), **form) == (413, b"too large"), "of unknown length"
+
+
+def test_no_other_file_is_shown(url, space):
+    up = "../" * 9
+    for path in ("/etc/passwd", f"{space}/app.py", f"{space}/model.safetensors", f"{up}etc/passwd", "%2fetc%2fpasswd"):
+        assert ask(url, f"/gradio_api/file={path}")[0] == 403, path
+    for path in (f"/static/{up}etc/passwd", "/assets/" + "..%2f" * 9 + "etc/passwd", "/gradio_api/proxy=http://a.b/c"):
+        assert ask(url, path)[0] in (400, 403, 404), path
+    for path in ("/etc/passwd", f"{space}/model.safetensors", f"{up}etc/passwd"):
+        data = json.dumps({"data": [{"path": path, "meta": {"_type": "gradio.FileData"}}]})
+        event = json.loads(ask(url, "/gradio_api/call/predict", data, Content_Type="application/json")[1])["event_id"]
+        assert b"was not uploaded by a user" in ask(url, f"/gradio_api/call/predict/{event}")[1], path
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_when_it_is_stopped_the_uploads_go(trained, tmp_path, monkeypatch, number):
+    def show(*_):
+        (Path(os.environ["GRADIO_TEMP_DIR"]) / "upload.png").write_text("a face")
+        os.kill(os.getpid(), number)
+        time.sleep(9)
+
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    monkeypatch.setattr(app_module, "page", lambda file: None)
+    monkeypatch.setattr(app_module, "show", show)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        with pytest.raises(Stopped, match=f"^stopped by {number.name}$") as stop:
+            app_module.main(app_module.Options(str(trained)))
+    finally:
+        for other, handler in before.items():
+            signal.signal(other, handler)
+    assert stop.value.code == 128 + number
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_names_are_no_markup(trained):
+    _, header = load_safetensors(trained / "model.safetensors")
+    classes = ["![x](http://a.b/c.png)", "<b>", *"23456789"]
+    said = app_module.about(header | {"classes": classes, "source": "[y](http://a.b)"})
+    assert r": \!\[x\]\(http\://a.b/c.png\), \<b\>, 2, " in said
+    assert r"images of \[y\]\(http\://a.b\) it" in said
 
 
 # In a browser
