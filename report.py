@@ -6,7 +6,7 @@
 RUN is the folder of a run that has ended.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Annotated
 
 from errors import InputError, parse, run_command
@@ -24,10 +24,12 @@ class Options:
 if __name__ == "__main__":
     OPTIONS = parse(Options)
 
+import sys
 from collections import defaultdict
 from pathlib import Path
 
 from options import read_config
+from recipes import Recipe
 from reporting.evaluation import evaluate
 from reporting.pictures import save_augmentations, save_comparison, save_lr_find
 from reporting.report import write_report
@@ -54,16 +56,28 @@ def draw_again(run: Run, device: str) -> None:
     print(f"see          {run / 'README.md'}")
 
 
+def grouped(results: list[dict]) -> dict[str, list[dict]]:
+    """The results with the same settings, under these, each seed once: the same training again says nothing new."""
+    groups = defaultdict(dict)
+    for result in results:
+        alike = [other for other in results if other["recipe"] == result["recipe"]]
+        names = [field.name for field in fields(Recipe) if field.name not in ("data", "epochs", "width")]
+        differ = [name for name in (*names, "norm") if len({str(other.get(name)) for other in alike}) > 1]
+        words = [result["recipe"], f"width {result['width']}", f"{result['epochs']} epochs", result["precision"]]
+        group = groups[", ".join(words + [f"{name} {result.get(name)}" for name in differ])]
+        if result["seed"] in group:
+            print(f"warning: two runs of {result['recipe']} with seed {result['seed']}: one counts", file=sys.stderr)
+        group.setdefault(result["seed"], result)
+    return {name: list(group.values()) for name, group in groups.items()}
+
+
 def compare(runs: list[Run], picture: Path) -> None:
     """A table of the runs' accuracies for each recipe, and their curves in one picture."""
     results = sorted((run.result() for run in runs), key=lambda result: (result["recipe"], result["seed"]))
     for name in ("source", "valid"):
         if len(values := {result[name] for result in results}) > 1:
             raise InputError(f"{name} is {' in one, '.join(sorted(values))} in another; compare like with like")
-    groups = defaultdict(list)
-    for result in results:
-        name = f"{result['recipe']}, width {result['width']}, {result['epochs']} epochs, {result['precision']}"
-        groups[name].append(result)
+    groups = grouped(results)
     for name, group in groups.items():
         print(f"{name}: accuracy on {group[0]['source']} ({group[0]['valid']}), in %\n\n{runs_table(group)}\n")
     save_comparison(groups, picture)

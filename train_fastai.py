@@ -146,6 +146,7 @@ def finish(run: Run, learn: Learner, options: Options, peak: float, log: RunLog,
     """Write the model's files, measure it, write what is to be said of it; returns what is in `result.json`."""
     save_weights(learn, "last")
     export(learn, run / "model.pkl")
+    print(f"measuring    {len(learn.dls.valid_ds):,} images, in fp32")
     with learn.no_bar():
         averaged = tta_accuracy(learn) if options.tta else None
     evaluation = evaluate(learn)
@@ -180,8 +181,9 @@ def print_result(run: Run, options: Options, result: dict) -> None:
     print(f"\nlast epoch   {result['last_accuracy']:.2%} accuracy on the validation set, {held_out}")
     if options.tta:
         print(f"with TTA     {result['tta_accuracy']:.2%}, averaged over each image and its mirror image")
+    chosen = f" in epoch {result['best_epoch']}, chosen on the validation set, so a little too good to quote"
     print(f"""\
-best epoch   {result["best_accuracy"]:.2%} in epoch {result["best_epoch"]}, chosen on the validation set, so a little too good to quote
+best epoch   {result["best_accuracy"]:.2%}{", the last one" if result["best_epoch"] == result["epochs"] else chosen}
 run folder   {run}: {shown}history.csv, result.json, model.pkl and model.safetensors from the last epoch, models/last.pth, models/best.pth
 
 use it       python predict.py {shlex.quote(str(run))} IMAGE.png

@@ -76,6 +76,7 @@ def model_index(result: dict) -> dict:
 def figures(result: dict) -> list[tuple[str, str, str]]:
     """Name, value and a word about each figure that there is."""
     best = f"epoch {result['best_epoch']}, chosen on these images: flattered"
+    best = "the last one" if result["best_epoch"] == result["epochs"] else best
     rows = [
         ("accuracy after the last epoch", "last_accuracy", "the headline"),
         ("accuracy with TTA", "tta_accuracy", "each image together with its mirror image"),

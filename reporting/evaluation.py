@@ -71,9 +71,8 @@ class Evaluation:
         return order[~self.right[order]][:k]
 
     def most_uncertain(self, k: int) -> np.ndarray:
-        """The images whose two most probable classes are the closest to each other, at most `k`."""
-        second, first = np.partition(self.probabilities, -2, axis=1)[:, -2:].T
-        return np.argsort(first - second, kind="stable")[:k]
+        """The images whose most probable class is the least probable, at most `k`."""
+        return np.argsort(self.confidence, kind="stable")[:k]
 
 
 def evaluate(learn: Learner) -> Evaluation:

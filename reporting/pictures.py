@@ -19,6 +19,7 @@ BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", 
 MARKS = (ORANGE, "black", GREEN, PURPLE, GREY)
 COLORS = (BLUE, ORANGE, GREEN, PURPLE, GREY, "black", "#56B4E9", "#E69F00")
 AS_IT_IS = {"parse_math": False}  # a text with a name in it: two dollars would make mathematics of it
+MANY = 10  # images, of which an accuracy says something
 MOST_CLASSES = 100  # in the picture of confusions: more are a grey blur, and take memory by their square
 
 
@@ -66,14 +67,14 @@ def save_lr_find(test: RangeTest, path: Path, chosen: float | None) -> None:
     """The range test's curve with each suggestion, and the learning rate that training uses, if there is one."""
     figure, axes = new_axes("Learning-rate range test", "learning rate", "training loss")
     axes.set_xscale("log")
+    if chosen is not None:  # first in the legend, too
+        axes.axvline(chosen, color="black", lw=1.5, label=f"this run's peak: {chosen:.2g}")
     axes.plot(test.lrs, test.batch_losses, ".", ms=4, color=BLUE, alpha=0.5, label="each batch")
     axes.plot(test.lrs, test.losses, color=BLUE, label="smoothed, as fastai does")
     for (name, lr), marker, color in zip(test.suggestions.items(), "*os^D", MARKS, strict=True):
         if lr is not None:
             label = f"{name}: {lr:.2g}" + (" (default suggestion)" if name == test.default else "")
             axes.plot(lr, test.loss_at(lr), marker, color=color, ms=11 if name == test.default else 6, label=label)
-    if chosen is not None:
-        axes.axvline(chosen, color="black", lw=1, ls="--", label=f"this run's peak: {chosen:.2g}")
     if test.losses:
         # The divergence at the end would flatten the valley, which is what one looks at.
         low, start = min(test.batch_losses), test.losses[0]
@@ -98,13 +99,18 @@ def save_history(history: list[dict], folder: Path, what: str, seed_curve: list[
         axes.plot(epochs, valid, "s-", ms=3, color=ORANGE, label="validation")
         if kind == "accuracy":
             best = max(range(len(valid)), key=valid.__getitem__)
-            label = f"best, chosen on the validation set: {valid[best]:.2f} % in epoch {epochs[best]}"
-            axes.plot(epochs[best], valid[best], "s", ms=10, mfc="none", color="black", label=label)
-            axes.plot([], [], " ", label=f"last epoch: {valid[-1]:.2f} %")
+            also = ", which is the best" if valid[best] == valid[-1] else ""
+            label = f"last epoch{also}: {valid[-1]:.2f} %"
+            axes.plot(epochs[-1], valid[-1], "D", ms=9, mfc="none", color="black", label=label)
+            if not also:
+                label = f"best, chosen on the validation set: {valid[best]:.2f} % in epoch {epochs[best]}"
+                axes.plot(epochs[best], valid[best], "o", ms=11, mfc="none", color=GREY, label=label)
             if seed_curve is not None:
                 curve = 100 * np.array(seed_curve)
                 axes.plot(range(1, len(curve) + 1), curve, lw=1, color=GREY, label="recipe seed, for comparison")
         axes.xaxis.get_major_locator().set_params(integer=True)
+        if len(history) == 1:  # else matplotlib shows the hundredths around it
+            axes.set(xlim=(0, 2), xticks=[1])
         axes.legend(frameon=False)
         save_figure(figure, folder / f"{kind}.png", svg=True)
 
@@ -124,7 +130,8 @@ def save_comparison(
         curves = np.array([[100 * row["valid_accuracy"] for row in run["history"]] for run in runs])
         x, last = range(1, curves.shape[1] + 1), np.mean([100 * run["last_accuracy"] for run in runs])
         mean, std = curves.mean(0), curves.std(0, ddof=1) if len(runs) > 1 else 0
-        axes.fill_between(x, mean - std, mean + std, color=color, alpha=0.2, lw=0)
+        low, high = np.clip((mean - std, mean + std), 0, 100)
+        axes.fill_between(x, low, high, color=color, alpha=0.2, lw=0)
         label = f"{name}: {last:.2f} % at the end, {len(runs)} seed{'s' * (len(runs) > 1)}"
         axes.plot(x, mean, f"{marker}-", ms=3, color=color, label=label)
     for (name, accuracy), style in zip((marks or {}).items(), ("-", "--", ":"), strict=False):
@@ -194,31 +201,43 @@ def save_classes(evaluation: Evaluation, path: Path) -> None:
 
 
 def save_reliability(evaluation: Evaluation, path: Path) -> None:
-    """How often the network is right where it is how sure of it, and how many images there are of that kind."""
+    """How often the network is right where it is how sure of it, and how many images there are of that kind.
+
+    The line leaves out the bins of few images: of one image it is right with all or with none.
+    """
     confidence, accuracy, count = (np.array(part) for part in zip(*evaluation.calibration(), strict=True))
     title = f"Reliability: expected calibration error {100 * evaluation.calibration_error():.1f} %"
-    figure, axes = new_axes(title, "confidence: probability of the predicted class", "accuracy", (6, 5))
+    figure = Figure(figsize=(6, 6), layout="constrained")
+    axes, parts = figure.subplots(2, sharex=True, height_ratios=(4, 1))
     axes.plot([0, 1], [0, 1], color=GREY, ls="--", label="as sure as right")
-    axes.plot(confidence, accuracy, "o-", color=BLUE, label="this network")
-    parts = axes.inset_axes((0, -0.42, 1, 0.22), sharex=axes)
+    for mask, style, label in (
+        (count >= MANY, {"ls": "-"}, "this network"),
+        (count < MANY, {"ls": "", "mfc": "none", "alpha": 0.5}, f"this network, fewer than {MANY} images"),
+    ):
+        if mask.any():
+            axes.plot(confidence[mask], accuracy[mask], marker="o", color=BLUE, label=label, **style)
     parts.bar(confidence, count, width=0.03, color=BLUE)
-    parts.set(yscale="log", ylabel="images")
-    parts.spines[["top", "right"]].set_visible(False)
-    axes.set(xlim=(0, 1.02), ylim=(0, 1.02))
-    axes.legend(frameon=False, loc="upper left")
+    axes.set(title=title, ylabel="accuracy", xlim=(0, 1.02), ylim=(-0.02, 1.02))
+    parts.set(yscale="log", ylim=(0.7, 2 * max(MANY, count.max())), ylabel="images")
+    parts.set_xlabel("confidence: probability of the predicted class")
+    parts.yaxis.set_major_formatter("{x:,.0f}")
+    axes.grid(alpha=0.25)
+    for each in (axes, parts):
+        each.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
     save_figure(figure, path)
 
 
 def save_examples(evaluation: Evaluation, chosen: np.ndarray, maps: np.ndarray, title: str, path: Path) -> None:
     """The `chosen` images with what they are taken for; under each where the network saw that, from `grad_cam`."""
-    columns = 6
-    rows = max(1, -(-len(chosen) // columns))
-    figure = Figure(figsize=(8.4, 3.1 * rows + 0.5), layout="constrained")
-    figure.suptitle(title if len(chosen) else f"{title}: there are none")
-    grid = figure.subplots(2 * rows, columns, squeeze=False)
+    columns = min(6, max(3, len(chosen)))  # three are as wide as the title
+    rows = -(-len(chosen) // columns)
+    figure = Figure(figsize=(1.4 * columns, 3.1 * rows + (0.5 if rows else 0.3)), layout="constrained")
+    figure.suptitle(title if rows else f"{title}: there are none", fontsize=12 if rows else 9)
+    grid = figure.subplots(2 * rows, columns, squeeze=False) if rows else np.empty(0)
     for axes in grid.flat:
         axes.set_axis_off()
-    names = [shortened(name) for name in evaluation.table.classes]
+    names = [shortened(name, 11) for name in evaluation.table.classes]  # as wide as an image, with a percentage
     for k, (i, heat) in enumerate(zip(chosen, maps, strict=True)):
         top, bottom = grid[2 * (k // columns), k % columns], grid[2 * (k // columns) + 1, k % columns]
         image, is_label, label = evaluation.table[i].image, evaluation.labels[i], evaluation.predicted[i]

@@ -9,7 +9,7 @@ from PIL import Image
 
 from files import complete
 from options import Options
-from reporting.card import write_card
+from reporting.card import CAPTIONS, write_card
 from reporting.evaluation import Evaluation
 from reporting.pictures import (
     save_classes,
@@ -28,6 +28,7 @@ RESULTS = Path(__file__).parents[1] / "results/runs"
 def write_report(learn: Learner, options: Options, result: dict, evaluation: Evaluation) -> None:
     """Every picture of the training and the trained network into `learn.path`, and the README that shows them."""
     run, classifier = learn.path, classifier_of(learn)
+    print(f"pictures     {len(CAPTIONS)} of them, and the README that shows them")
     what = f"{result['source']}, recipe {result['recipe']}, width {result['width']}, seed {result['seed']}"
     save_history(result["history"], run, what, seed_curve(result))
     recipe = replace(options.settings(), lr=result["peak_lr"])

@@ -4,6 +4,7 @@ A GPU works through a queue: whoever reads a loss waits until all that was queue
 runs empty. fastai's recorder and progress bar do so at every batch. Ours keep what they record and show.
 """
 
+import sys
 from pathlib import Path
 
 import torch
@@ -70,6 +71,11 @@ class LazyProgress(ProgressCallback):
         self.pbar.update(self.iter + 1)
         if self.pbar.last_v == self.iter + 1 and hasattr(self, "smooth_loss"):
             self.pbar.comment = f"{self.smooth_loss.item():.4f}"
+
+    def after_fit(self):
+        super().after_fit()
+        if sys.stdout.isatty():
+            print("\r\x1b[K", end="", flush=True)  # the bar of a training that ends early stays, half full
 
 
 class ReduceLR(ReduceLROnPlateau):

@@ -11,6 +11,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
+from time import perf_counter
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from files import write_csv, write_json
 
 METHODS = ("edge", "valley", "slide", "minimum", "steep")  # all but the first are fastai's
 WINDOW = 4  # batches
+SECONDS = 10  # between two lines that say how far the test is
 
 
 @dataclass(frozen=True)
@@ -75,15 +77,20 @@ class RangeTest:
 
 
 class BatchLosses(Callback):
-    """Keeps the loss of every batch; fastai's recorder keeps a mean over some fifty."""
+    """Keeps the loss of every batch; fastai's recorder keeps a mean over some fifty. Now and then, where there is no
+    bar, a line says how far the test is.
+    """
 
     order = -10  # before those that end the test
 
-    def before_fit(self):
-        self.losses = []
+    def __init__(self, steps: int):
+        self.steps, self.losses, self.said = steps, [], perf_counter()
 
     def after_batch(self):
         self.losses.append(self.loss.detach())
+        if not hasattr(self.learn, "progress") and perf_counter() - self.said > SECONDS:
+            print(f"range test   batch {len(self.losses)} of at most {self.steps}")
+            self.said = perf_counter()
 
 
 def default_method(suggestions: dict[str, float | None]) -> str:
@@ -132,7 +139,8 @@ def range_test(learn: Learner, start_lr: float = 1e-5, end_lr: float = 10, steps
 
     Ends early when the loss diverges or is no longer finite. Works with any number of batches in the loader.
     """
-    batches = BatchLosses()
+    batches = BatchLosses(steps)
+    print(f"range test   at most {steps} batches, from a learning rate of {start_lr:g} to {end_lr:g}")
     with undisturbed(learn), learn.added_cbs([TerminateOnNaNCallback(), batches]):
         learn.lr_find(start_lr=start_lr, end_lr=end_lr, num_it=steps, show_plot=False, suggest_funcs=None)
         if rank_distrib():

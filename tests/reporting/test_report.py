@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import main
+from matplotlib.axes import Axes
 from PIL import Image
 
 import report
@@ -17,10 +18,12 @@ from errors import InputError, parse, run_command
 from images.sources import load_images
 from images.table import ImageTable
 from options import Options
+from reporting import pictures
 from reporting.card import CAPTIONS, write_card
 from reporting.evaluation import Evaluation, evaluate
 from reporting.pictures import save_comparison
 from trained.classifier import classifier_of, grad_cam
+from training.lr_finder import METHODS, RangeTest
 from training.precision import full_precision
 
 SMALL = {"data": "digits", "bs": 128, "width": 4, "epochs": 2, "lr": "0.1", "device": "cpu", "no_lr_find": True}
@@ -53,6 +56,8 @@ def test_the_figures_of_an_evaluation():
     assert e.most_wrong(5).tolist() == [2, 1, 3], "the surest first, and no right one"
     assert e.most_wrong(1).tolist() == [2]
     assert e.most_uncertain(2).tolist() == [3, 1]
+    close, low = [0.45, 0.44, 0.11], [0.4, 0.3, 0.3]
+    assert evaluation([close, low], [0, 0]).most_uncertain(2).tolist() == [1, 0], "by the percentage that is shown"
     # each in a bin of its own
     assert e.calibration_error() == pytest.approx((0.2 + 0.6 + 0.9 + 0.4 + 0.05) / 5)
 
@@ -65,6 +70,52 @@ def test_calibration_is_counted_in_bins():
     assert low[:2] == pytest.approx((0.635, 0.5))
     assert high[:2] == pytest.approx((0.92, 2 / 3))
     assert e.calibration_error() == pytest.approx((2 * 0.135 + 3 * (0.92 - 2 / 3) + 0) / 6)
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that are saved while a test runs, in place of their files."""
+    figures = []
+    monkeypatch.setattr(pictures, "save_figure", lambda figure, path, *args, **kwargs: figures.append(figure))
+    return figures
+
+
+def test_the_reliability_of_few_images_is_no_line(drawn, tmp_path):
+    sure = [[0.95, 0.05]] * 20 + [[0.75, 0.25]] * 20 + [[0.55, 0.45]]  # one image, and it is wrong
+    pictures.save_reliability(evaluation(sure, [0] * 40 + [1], ("cat", "dog")), tmp_path)
+    upper, lower = drawn[0].axes
+    lines = {line.get_label(): line for line in upper.lines}
+    assert lines["this network"].get_ydata().tolist() == [1, 1]
+    few = lines["this network, fewer than 10 images"]
+    assert (few.get_ydata().tolist(), few.get_linestyle()) == ([0], "None")
+    drawn[0].canvas.draw()
+    assert [text.get_text() for text in lower.get_xticklabels()][:2] == ["0.0", "0.2"]
+    assert [text.get_text() for text in lower.get_yticklabels() if text.get_text()][-2:] == ["10", "100"]
+
+
+@pytest.mark.parametrize(("n", "rows"), [(0, 0), (2, 1), (6, 1), (7, 2)])
+def test_a_picture_of_examples_is_as_tall_as_it_has_rows(drawn, tmp_path, n, rows):
+    e = evaluation([[0.4, 0.6]] * 9, [0] * 9, ("cat", "dog"))
+    pictures.save_examples(e, e.most_wrong(n), np.zeros((n, 32, 32)), "Mistakes", tmp_path)
+    assert drawn[0].get_figheight() == pytest.approx(3.1 * rows + (0.5 if rows else 0.3))
+    assert len(drawn[0].axes) == 2 * rows * min(6, max(3, n))
+
+
+def test_the_last_epoch_is_marked_also_where_it_is_the_only_one(drawn, tmp_path):
+    names = ("train_loss", "train_accuracy", "valid_loss", "valid_accuracy")
+    history = [{"epoch": i + 1, **dict.fromkeys(names, v)} for i, v in enumerate((0.5, 0.75, 0.625))]
+    for rows, label in ((history, "last epoch: 62.50 %"), (history[:1], "last epoch, which is the best: 50.00 %")):
+        pictures.save_history(rows, tmp_path, "digits")
+        axes = drawn[-1].axes[0]
+        (mark,) = (line for line in axes.lines if line.get_label() == label)
+        assert mark.get_xydata().tolist() == [[len(rows), 100 * rows[-1]["valid_accuracy"]]]
+    assert axes.get_xticks().tolist() == [1]
+
+
+def test_the_range_test_leads_with_what_the_run_uses(drawn, tmp_path):
+    test = RangeTest([0.1, 0.2], [2.0, 1.0], [2.0, 1.5], dict.fromkeys(METHODS, 0.2))
+    pictures.save_lr_find(test, tmp_path, 0.15)
+    assert drawn[0].axes[0].get_legend().get_texts()[0].get_text() == "this run's peak: 0.15"
 
 
 def test_the_evaluation_is_that_of_the_validation_set(learner):
@@ -108,7 +159,7 @@ def test_a_run_shows_itself(run):
     assert f"```sh\npython train_fastai.py {command}\n```" in text
     for value in (result["last_accuracy"], result["tta_accuracy"], result["calibration_error"]):
         assert f"| {100 * value:.2f} % |" in text
-    assert f"epoch {result['best_epoch']}, chosen on these images" in text
+    assert ("| the last one |" if result["best_epoch"] == 2 else "chosen on these images: flattered") in text
     assert text.startswith("---\nlibrary_name: fastai\n")
     assert "359 images, the test set" in text
     assert result["fingerprint"] in text
@@ -189,6 +240,32 @@ def test_runs_are_compared(run, tmp_path, capsys):
     assert "25.00" in seed
     assert "mean" not in seed, "of one run"
     assert np.asarray(Image.open(tmp_path / "comparison.png").convert("RGB")).std() > 10
+
+
+def test_the_same_seed_counts_once_and_other_settings_are_another_group(run, tmp_path, capsys):
+    result = json.loads((run / "result.json").read_text())
+    folders = [str(run)]
+    for name, change in {"again": {}, "wd": {"wd": 0.5, "seed": 4}}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "result.json").write_text(json.dumps(result | change))
+        folders.append(str(tmp_path / name))
+    report.main(report.Options(folders, picture=str(tmp_path / "comparison.png")))
+    said = capsys.readouterr()
+    assert said.err == "warning: two runs of fast with seed 3: one counts\n"
+    for wd in (result["wd"], 0.5):
+        assert f"wd {wd}: accuracy on digits" in said.out
+    assert "std" not in said.out, "of one seed each"
+
+
+def test_a_band_stays_within_0_and_100_percent(run, tmp_path, monkeypatch):
+    bands = []
+    monkeypatch.setattr(Axes, "fill_between", lambda self, x, low, high, **how: bands.append((low, high)))
+    result = json.loads((run / "result.json").read_text())
+    runs = [result | {"history": [{"valid_accuracy": a}, {"valid_accuracy": b}]} for a, b in ((0.0, 1.0), (0.2, 0.9))]
+    save_comparison({"fast": runs}, tmp_path / "comparison.png")
+    (low, high) = bands[0]
+    assert low == pytest.approx([0, 95 - 5 * 2**0.5])
+    assert high == pytest.approx([10 + 10 * 2**0.5, 100])
 
 
 @pytest.mark.parametrize(

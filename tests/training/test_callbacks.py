@@ -1,13 +1,17 @@
 """The recorder and the progress bar: what fastai's record and show, without their wait at every batch."""
 
+import sys
+
 import pytest
 import torch
+from conftest import StopAt, main
 from fastai.callback.progress import ProgressCallback
 from fastai.callback.tracker import SaveModelCallback
 from fastai.learner import Recorder
 from fastai.torch_core import set_seed
 
 from data import get_dls
+from errors import Stopped
 from recipes import get_recipe
 from train_fastai import get_learner
 
@@ -55,6 +59,24 @@ def test_the_bar_shows_the_loss(tmp_path, capsys):
     shown = [float(part.split("]")[0]) for part in capsys.readouterr().out.split("... ")[1:]]
     assert shown
     assert all(any(abs(loss - x) < 1e-4 for loss in learn.recorder.losses) for x in shown)
+
+
+def on_the_screen(line):
+    """What a terminal shows of a line: each carriage return writes over what was there, each erasure takes it away."""
+    shown = ""
+    for part in line.rsplit("\x1b[K", 1)[-1].split("\r"):
+        shown = part + shown[len(part) :]
+    return shown
+
+
+def test_no_dead_bar_stays_behind_in_a_terminal(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    small = {"recipe": "demo", "bs": 128, "width": 2, "epochs": 1, "device": "cpu", "no_pictures": True}
+    with pytest.raises(Stopped):
+        main([StopAt(0, 5)], **small, out=str(tmp_path / "run"))
+    lines = [on_the_screen(line) for line in capsys.readouterr().out.split("\n")]
+    assert [line for line in lines if line.startswith("range test   edge")], "the range test ends within an epoch"
+    assert [line for line in lines if "|" in line and "%" in line] == []
 
 
 def test_no_batch_waits_for_the_device(tmp_path, monkeypatch):

@@ -59,6 +59,17 @@ def test_nothing_is_disturbed(tmp_path, after_a_fit):
     assert not same(before["model"], everything(learn)["model"]), "the comparison sees a change"
 
 
+def test_without_a_bar_it_says_that_it_begins_and_how_far_it_is(tmp_path, capsys, monkeypatch):
+    learn = small_learner(path=tmp_path)
+    range_test(learn, steps=12)
+    begins = "range test   at most 12 batches, from a learning rate of 1e-05 to 10"
+    assert capsys.readouterr().out.splitlines() == [begins]
+    monkeypatch.setattr("training.lr_finder.SECONDS", 0)
+    test = range_test(learn, steps=12)
+    count = [f"range test   batch {n} of at most 12" for n in range(1, len(test.lrs) + 1)]
+    assert capsys.readouterr().out.splitlines() == [begins, *count]
+
+
 def test_a_broken_off_training_is_undone_too(tmp_path):
     learn = small_learner(path=tmp_path)
     before = everything(learn)
