@@ -99,7 +99,7 @@ def save_history(history: list[dict], folder: Path, what: str, seed_curve: list[
         axes.plot(epochs, valid, "s-", ms=3, color=ORANGE, label="validation")
         if kind == "accuracy":
             best = max(range(len(valid)), key=valid.__getitem__)
-            also = ", which is the best" if valid[best] == valid[-1] else ""
+            also = ", and none is better" if valid[best] == valid[-1] else ""
             label = f"last epoch{also}: {valid[-1]:.2f} %"
             axes.plot(epochs[-1], valid[-1], "D", ms=9, mfc="none", color="black", label=label)
             if not also:

@@ -104,7 +104,7 @@ def test_a_picture_of_examples_is_as_tall_as_it_has_rows(drawn, tmp_path, n, row
 def test_the_last_epoch_is_marked_also_where_it_is_the_only_one(drawn, tmp_path):
     names = ("train_loss", "train_accuracy", "valid_loss", "valid_accuracy")
     history = [{"epoch": i + 1, **dict.fromkeys(names, v)} for i, v in enumerate((0.5, 0.75, 0.625))]
-    for rows, label in ((history, "last epoch: 62.50 %"), (history[:1], "last epoch, which is the best: 50.00 %")):
+    for rows, label in ((history, "last epoch: 62.50 %"), (history[:1], "last epoch, and none is better: 50.00 %")):
         pictures.save_history(rows, tmp_path, "digits")
         axes = drawn[-1].axes[0]
         (mark,) = (line for line in axes.lines if line.get_label() == label)
