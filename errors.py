@@ -38,7 +38,7 @@ class Stopped(Exception):
     """Training ended early because it was asked to. The message is one line: where, and how to go on."""
 
     def __init__(self, message: str, code: int):
-        super().__init__(message)
+        super().__init__(printable(message))
         self.code = code
 
 

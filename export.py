@@ -37,6 +37,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from names import printable
 from trained.loading import model_file
 from trained.onnx_file import save_onnx
 from trained.pt2_file import save_pt2
@@ -82,7 +83,7 @@ def main(options: Options) -> None:
         suffix = "half.safetensors" if options.to == "half" else options.to
         path = file.with_suffix(f".{suffix}")
         WRITERS[suffix](*load_safetensors(file), path)
-        print(f"see          {path}, {path.stat().st_size / 1e6:.1f} MB")
+        print(f"see          {printable(str(path))}, {path.stat().st_size / 1e6:.1f} MB")
     if options.push:
         print(f"see          {send(Path(options.run), options.push, options.private)}")
 

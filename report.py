@@ -28,6 +28,7 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
+from names import printable
 from options import read_config
 from recipes import Recipe
 from reporting.evaluation import evaluate
@@ -53,7 +54,7 @@ def draw_again(run: Run, device: str) -> None:
     if test := RangeTest.load(run.folder):
         save_lr_find(test, run / "lr_find.png", result["peak_lr"])
     write_report(learn, options, result, evaluate(learn))
-    print(f"see          {run / 'README.md'}")
+    print(printable(f"see          {run / 'README.md'}"))
 
 
 def grouped(results: list[dict]) -> dict[str, list[dict]]:
@@ -79,9 +80,10 @@ def compare(runs: list[Run], picture: Path) -> None:
             raise InputError(f"{name} is {' in one, '.join(sorted(values))} in another; compare like with like")
     groups = grouped(results)
     for name, group in groups.items():
-        print(f"{name}: accuracy on {group[0]['source']} ({group[0]['valid']}), in %\n\n{runs_table(group)}\n")
+        print(printable(f"{name}: accuracy on {group[0]['source']} ({group[0]['valid']}), in %"))
+        print(f"\n{runs_table(group)}\n")
     save_comparison(groups, picture)
-    print(f"see          {picture}")
+    print(printable(f"see          {picture}"))
 
 
 def main(options: Options) -> None:

@@ -35,6 +35,7 @@ from fastai.callback.core import Callback
 from fastai.learner import Learner
 
 from files import locked
+from names import printable
 from reporting.evaluation import evaluate
 from reporting.pictures import save_augmentations, save_lr_find
 from reporting.report import write_report
@@ -63,7 +64,9 @@ def train(options: Options, cbs: Sequence[Callback] = ()) -> dict | None:
         if folder is None:
             on_rank0(check_out, options.out)
         elif result := on_rank0(Run(folder).result_if_ended):
-            print(f"finished     {folder}: {result['last_accuracy']:.2%} accuracy after {result['epochs']} epochs")
+            print(
+                f"finished     {printable(str(folder))}: {result['last_accuracy']:.2%} accuracy after {result['epochs']} epochs"
+            )
             return result
         device = check_device(options.device, options.deterministic, options.sync_bn, options.compile)
         learn = new_learner(options, device)
@@ -116,7 +119,8 @@ def choose_peak(run: Run, learn: Learner, options: Options) -> float | None:
     print(f"range test   {test}")
     if options.lr_find_only:
         again = options.command(run.config()["processes"], lr="LR", lr_find_only=False, out=None)
-        print(f"see          {run / ('lr_find.csv' if options.no_pictures else 'lr_find.png')}\ntrain        {again}")
+        curve = run / ("lr_find.csv" if options.no_pictures else "lr_find.png")
+        print(f"see          {printable(str(curve))}\ntrain        {again}")
     elif peak is None:
         raise InputError("--lr auto: the range test's curve is too short for a suggestion; pass --lr NUMBER")
     return chosen
@@ -184,9 +188,9 @@ def print_result(run: Run, options: Options, result: dict) -> None:
     chosen = f" in epoch {result['best_epoch']}, chosen on the validation set, so a little too good to quote"
     print(f"""\
 best epoch   {result["best_accuracy"]:.2%}{", the last one" if result["best_epoch"] == result["epochs"] else chosen}
-run folder   {run}: {shown}history.csv, result.json, model.pkl and model.safetensors from the last epoch, models/last.pth, models/best.pth
+run folder   {printable(str(run))}: {shown}history.csv, result.json, model.pkl and model.safetensors from the last epoch, models/last.pth, models/best.pth
 
-use it       python predict.py {shlex.quote(str(run))} IMAGE.png
+use it       python predict.py {printable(shlex.quote(str(run)))} IMAGE.png
 again        {options.command(result["processes"], **again)}""")
 
 

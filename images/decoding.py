@@ -44,7 +44,7 @@ def decode(
     """
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            if getattr(image, "n_frames", 1) > 1:
+            if getattr(image, "is_animated", False):  # to count its frames takes minutes where there are millions
                 animated(name)
             pixels, size = to_rgb(image), image.size
     except Exception as e:  # whatever a decoder makes of a foreign file: Pillow raises half a dozen types

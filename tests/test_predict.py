@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -195,6 +196,16 @@ def test_an_animated_image_is_said_to_be_one(trained, run, tmp_path):
     code, out, err = run(trained, tmp_path / "two.gif")
     assert (code, len(out.splitlines())) == (0, 1)
     assert err == f"predict.py: {tmp_path}/two.gif: animated; its first frame is taken\n"
+
+
+def test_an_image_of_very_many_frames_is_no_slower(tmp_path):
+    Image.new("P", (1, 1)).save(tmp_path / "one.gif")
+    head, _, frame = (tmp_path / "one.gif").read_bytes().removesuffix(b";").rpartition(b",")
+    (tmp_path / "many.gif").write_bytes(head + 500_000 * (b"," + frame) + b";")
+    start, animated = time.perf_counter(), []
+    assert read_image(tmp_path / "many.gif", animated.append).shape == (32, 32, 3)
+    assert time.perf_counter() - start < 2, "to count them takes longer"
+    assert animated == [str(tmp_path / "many.gif")]
 
 
 def test_a_photograph_that_lies_on_its_side_is_turned(tmp_path):

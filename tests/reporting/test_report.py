@@ -21,7 +21,7 @@ from options import Options
 from reporting import pictures
 from reporting.card import CAPTIONS, write_card
 from reporting.evaluation import Evaluation, evaluate
-from reporting.pictures import save_comparison
+from reporting.pictures import save_comparison, save_confusion
 from trained.classifier import classifier_of, grad_cam
 from training.lr_finder import METHODS, RangeTest
 from training.precision import full_precision
@@ -60,6 +60,17 @@ def test_the_figures_of_an_evaluation():
     assert evaluation([close, low], [0, 0]).most_uncertain(2).tolist() == [1, 0], "by the percentage that is shown"
     # each in a bin of its own
     assert e.calibration_error() == pytest.approx((0.2 + 0.6 + 0.9 + 0.4 + 0.05) / 5)
+
+
+def test_of_many_classes_the_picture_shows_the_most_confused(tmp_path, monkeypatch):
+    """The square of their number would not fit into memory."""
+    n, counted, confusion = 150, [], Evaluation.confusion
+    monkeypatch.setattr(Evaluation, "confusion", lambda e, classes: counted.extend(classes) or confusion(e, classes))
+    probabilities = np.eye(n)
+    probabilities[[3, 140]] = probabilities[[140, 3]]
+    save_confusion(evaluation(probabilities, range(n), [f"class {i}" for i in range(n)]), tmp_path / "confusion.png")
+    assert len(counted) == 100
+    assert {3, 140} <= set(counted)
 
 
 def test_calibration_is_counted_in_bins():
