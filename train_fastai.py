@@ -43,7 +43,7 @@ from reporting.tables import runs_table
 from trained.device import check_device
 from trained.learner_file import export
 from trained.safe_file import save_safetensors
-from training.callbacks import BatchLog, tta_accuracy
+from training.callbacks import BatchLog, CompiledTraining, tta_accuracy
 from training.checkpoint import Checkpoint, faults_explained, load_checkpoint, remove_checkpoints, signals
 from training.description import describe, few_batches, print_config
 from training.distributed import all_ranks, is_rank0, joined, on_rank0, own_folder
@@ -101,7 +101,7 @@ def show_start(run: Run, learn: Learner, options: Options, config: dict) -> None
     if is_rank0() and not options.no_pictures:
         save_augmentations(learn.dls, run / "augmentations.png")
     if options.compile:
-        learn.model.compile()
+        learn.add_cb(CompiledTraining(learn))
 
 
 def choose_peak(run: Run, learn: Learner, options: Options) -> float | None:

@@ -19,6 +19,7 @@ from model import CustomResNet
 from recipes import get_recipe
 from train_fastai import get_learner
 from trained.device import CUBLAS_WORKSPACE, set_deterministic
+from training.callbacks import CompiledTraining
 from training.history import RunLog
 from training.precision import choose_precision
 
@@ -100,7 +101,7 @@ def steps(
         dls, recipe = get_dls(table, device=device), get_recipe("fast", width=width)
         learn = get_learner(dls, recipe, precision=precision, path=folder.name)
         if compiled:
-            learn.model.compile()
+            learn.add_cb(CompiledTraining(learn))
         return lambda: fit(learn, RunLog())
 
     def repeatable():

@@ -1,27 +1,37 @@
 """What a GPU would meet, shown without one: by stand-ins for it. `test_gpu.py` has the same on a real one."""
 
+import json
 import os
 import re
 import sys
 import time
+from contextlib import nullcontext
+from functools import partial
+from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 from conftest import ROOT, StopAt, main, outcome, same
 from fastai.callback.core import Callback
+from fastai.callback.mixup import CutMix
 from fastai.learner import load_learner
 from fastcore.basics import noop
 from fastcore.foundation import L
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import loader
 from data import get_dls
 from errors import InputError, Stopped
 from recipes import get_recipe
+from reporting.evaluation import evaluate
 from train_fastai import get_learner
 from trained.device import get_device
-from training import distributed
+from training import distributed, precision
+from training.callbacks import CompiledTraining, LazyCutMix
+from training.optimizer import SGD
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
@@ -181,6 +191,125 @@ def test_a_run_goes_on_with_fewer_gpus_and_leaves_cudnn_as_it_is(tmp_path, capsy
     assert same(outcome(run), outcome(tmp_path / "whole"))
 
 
+# Reads, each of which waits for all that a GPU has been given to do
+
+
+@pytest.fixture
+def fused(small, monkeypatch):
+    """A function that makes a learner which scales its gradients as in fp16, for an optimiser that looks at them."""
+    monkeypatch.setitem(precision.DTYPES, "fp16", torch.bfloat16)  # a CPU takes minutes for a step in fp16
+    monkeypatch.setattr(precision, "obstacle", lambda *_: None)
+
+    def make(**changes):
+        learn = small(precision="fp16", **changes)
+        learn.opt_func = partial(SGD, momentum=0.9, nesterov=True, fused=True)
+        return learn
+
+    return make
+
+
+class Overflow(Callback):
+    """Makes the gradients of these batches infinite; keeps weights, scale and reads of every batch."""
+
+    order = 0
+
+    def __init__(self, monkeypatch, *batches):
+        self.batches, self.weights, self.scales, self.reads = batches, [], [], 0
+        item = torch.Tensor.item
+        monkeypatch.setattr(torch.Tensor, "item", lambda t: setattr(self, "reads", self.reads + 1) or item(t))
+
+    def before_step(self):
+        if self.iter in self.batches:
+            self.model.head.bias.grad.fill_(float("inf"))
+        self.weights.append(self.model.head.weight.detach().clone())
+        self.scales.append(self.scaler.state_dict()["scale"])
+
+
+def test_fp16_leaves_out_steps_that_overflow_and_reads_nothing(fused, monkeypatch):
+    learn, overflow = fused(), Overflow(monkeypatch, 0, 3)
+    learn.remove_cb(learn.recorder)
+    learn.metrics = []
+    with learn.no_logging(), learn.no_bar():
+        learn.dls.loaders = [learn.dls.train, learn.dls.train.new(n=0)]
+        learn.fit(1, 0.1, cbs=overflow)
+    stayed = [torch.equal(*pair) for pair in pairwise(overflow.weights)]
+    assert stayed == [True, False, False, True, *[False] * (len(stayed) - 4)]
+    assert all(torch.isfinite(weight).all() for weight in overflow.weights)
+    assert [overflow.scales[i] for i in (0, 1, 3, 4)] == [65536, 32768, 32768, 16384]
+    assert overflow.reads == 2 * len(overflow.weights), "those of the test itself, in `state_dict`"
+
+
+def test_cutmix_mixes_as_fastais_does(small):
+    weights = []
+    for kind in (CutMix, LazyCutMix):
+        learn = small(cutmix=1.0)
+        learn.remove_cb(learn.cut_mix)
+        torch.manual_seed(1)
+        with learn.no_logging():
+            learn.fit(1, 0.1, cbs=kind(1.0))
+        weights.append(learn.model.state_dict())
+    assert all(torch.equal(*pair) for pair in zip(*(w.values() for w in weights), strict=True))
+
+
+def test_cutmix_reads_nothing_of_the_device():
+    """The meta device has tensors that nobody can read."""
+    x, y = torch.empty(8, 3, 32, 32, device="meta"), torch.empty(8, dtype=torch.long, device="meta")
+    for kind in (CutMix, LazyCutMix):
+        mix = kind(1.0)
+        mix.learn, mix.stack_y = SimpleNamespace(xb=(x,), yb=(y,), x=x, y=y), True
+        with pytest.raises(RuntimeError, match="meta") if kind is CutMix else nullcontext():
+            mix.before_batch()
+
+
+# Compiling
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """The shapes and modes of what torch has compiled, which is then run as it is."""
+    compiled, compile_module = [], nn.Module.compile
+
+    def backend(graph, inputs):
+        shape = next(tuple(t.shape) for t in inputs if isinstance(t, torch.Tensor) and t.ndim == 4 and t.shape[1] == 3)
+        compiled.append((shape, torch.is_grad_enabled()))
+        return graph.forward
+
+    monkeypatch.setattr(nn.Module, "compile", lambda self: compile_module(self, backend=backend))
+    torch.compiler.reset()
+    yield compiled
+    torch.compiler.reset()
+
+
+def test_one_graph_is_compiled_that_of_training(graphs, small):
+    learn = small()
+    learn.add_cb(CompiledTraining(learn))
+    with learn.no_logging(), learn.no_bar():
+        learn.lr_find(num_it=3, show_plot=False)
+        learn.fit(2, 0.1)
+        evaluate(learn)
+    assert graphs == [((128, 3, 32, 32), True)]
+    torch.compiler.reset()
+    graphs.clear()
+    learn = small()
+    learn.model.compile()
+    with learn.no_logging(), learn.no_bar():
+        learn.fit(2, 0.1)
+    assert len(graphs) == 3, "without the callback: training, validation, and its last batch"
+
+
+def test_compiled_for_mps_is_not_channels_last():
+    model, x = nn.Conv2d(3, 4, 3), torch.zeros(2, 3, 8, 8)
+    model, x = (o.to(memory_format=torch.channels_last) for o in (model, x))
+    for device, contiguous in (("cuda", False), ("mps", True)):
+        compiled = CompiledTraining(SimpleNamespace(model=model))
+        learn = SimpleNamespace(model=model, xb=(x,), dls=SimpleNamespace(device=torch.device(device)))
+        compiled.learn = learn
+        compiled.before_fit()
+        compiled.before_batch()
+        assert model.weight.is_contiguous() is contiguous
+        assert learn.xb[0].is_contiguous() is contiguous
+
+
 # Several processes
 
 
@@ -224,3 +353,17 @@ def test_no_forward_pass_waits_for_other_processes(one_of_two, small, monkeypatc
     assert "_sync_buffers" not in order.seen
     assert order.seen[: valid[0]].count("broadcast") == len(list(learn.model.buffers())), "before they are tested"
     assert order.seen[valid[0] - 1] == "broadcast"
+
+
+# The benchmark
+
+
+def test_the_benchmark_saves_what_it_has_measured(tmp_path, capsys):
+    import gpu
+
+    for part in ("steps", "loader"):
+        gpu.main(gpu.Options(rehearse=True, only=part, save=str(tmp_path / f"{part}.json")))
+        figures = json.loads((tmp_path / f"{part}.json").read_text())
+        assert figures["device"] in capsys.readouterr().out
+        assert all(value is None or value for row in figures[part] for value in row.values())
+        assert len(figures[part]) == {"steps": 3, "loader": 2}[part]

@@ -1,4 +1,4 @@
-"""Callbacks: a recorder and a progress bar that do not wait for a GPU, the plateau schedule, logging, TTA.
+"""Callbacks: a recorder, a progress bar and CutMix that do not wait for a GPU, the plateau schedule, logging, TTA.
 
 A GPU works through a queue: whoever reads a loss waits until all that was queued before it is done, and the queue then
 runs empty. fastai's recorder and progress bar do so at every batch. Ours keep what they record and show.
@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 
 import torch
+from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.core import Callback
+from fastai.callback.mixup import CutMix
 from fastai.callback.progress import ProgressCallback
 from fastai.callback.tracker import ReduceLROnPlateau
 from fastai.learner import AvgSmoothLoss, Learner, Recorder
@@ -78,6 +80,31 @@ class LazyProgress(ProgressCallback):
             print("\r\x1b[K", end="", flush=True)  # the bar of a training that ends early stays, half full
 
 
+class LazyCutMix(CutMix):
+    """fastai's `CutMix` with the same draws; they stay on the CPU, where the edges of the square can be read."""
+
+    name = "cut_mix"
+
+    def before_batch(self):
+        device, (height, width) = self.x.device, self.x.shape[-2:]
+        lam, others = self.distrib.sample((1,)), torch.randperm(len(self.y)).to(device, non_blocking=True)
+        x1, y1, x2, y2 = self.rand_bbox(width, height, lam)
+        self.yb1 = (self.y[others],)
+        self.x[..., y1:y2, x1:x2] = self.x[others][..., y1:y2, x1:x2]
+        self.lam = torch.full((1,), 1 - (x2 - x1) * (y2 - y1) / (width * height), device=device)
+        if not self.stack_y:
+            weight = self.lam.view(-1, *[1] * (self.y.ndim - 1))
+            self.learn.yb = (torch.lerp(self.yb1[0], self.y, weight),)
+
+    def rand_bbox(self, W: int, H: int, lam: torch.Tensor) -> tuple[int, int, int, int]:
+        edges = []
+        for side in (W, H):
+            half, centre = int(torch.round(side * torch.sqrt(1 - lam))) // 2, int(torch.randint(side, (1,)))
+            edges.append((max(0, centre - half), min(side, centre + half)))
+        (x1, x2), (y1, y2) = edges
+        return x1, y1, x2, y2
+
+
 class ReduceLR(ReduceLROnPlateau):
     """fastai's `ReduceLROnPlateau`, which a checkpoint keeps."""
 
@@ -90,6 +117,36 @@ class ReduceLR(ReduceLROnPlateau):
     def after_epoch(self):
         if self.recorder.values[-1]:  # none in an epoch that fastai skips, as it was done before a stop
             super().after_epoch()
+
+
+class CompiledTraining(Callback):
+    """Has torch compile the network for training alone: batches of one shape, one graph.
+
+    Validation would be another graph, its last batch a third, and the figures at the end, in fp32, two more; to compile
+    one takes longer than to validate for many epochs. On MPS nothing is channels-last then: of a convolution's
+    backward pass torch expects other strides there than it has.
+    """
+
+    order = ChannelsLast.order + 1
+
+    def __init__(self, learn: Learner):
+        learn.model.compile()
+
+    def before_fit(self):
+        if self.dls.device.type == "mps":
+            self.model.to(memory_format=torch.contiguous_format)
+
+    def before_batch(self):
+        if self.dls.device.type == "mps":
+            self.learn.xb = tuple(x.contiguous() for x in self.xb)
+
+    def before_validate(self):
+        torch.compiler.set_stance("force_eager")
+
+    def after_validate(self):
+        torch.compiler.set_stance("default")
+
+    after_fit = after_validate  # a fit that is stopped while it validates
 
 
 class Mirror(Callback):

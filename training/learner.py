@@ -7,7 +7,6 @@ import fastai.callback.schedule  # noqa: F401  lr_find and fit_one_cycle
 import torch
 from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.core import Callback
-from fastai.callback.mixup import CutMix
 from fastai.callback.progress import ProgressCallback
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner, Recorder
@@ -24,7 +23,7 @@ from options import Options
 from recipes import Recipe, get_recipe
 from trained.learner_file import carry_our_code
 from training.averaging import WeightAverage
-from training.callbacks import LazyProgress, LazyRecorder
+from training.callbacks import LazyCutMix, LazyProgress, LazyRecorder
 from training.distributed import in_turns
 from training.optimizer import SGD, norm_biases_apart, norms
 from training.precision import MixedPrecision, choose_precision
@@ -65,7 +64,7 @@ def recipe_callbacks(recipe: Recipe, dls: DataLoaders, model: CustomResNet) -> l
     """What the recipe wants done beside fastai's training; `model` is new."""
     cbs = []
     if recipe.cutmix:
-        cbs.append(CutMix(recipe.cutmix))
+        cbs.append(LazyCutMix(recipe.cutmix))
     if recipe.whiten:
         cbs.append(Whitening(whitening_matrix(dls, recipe.whiten)))
         cbs[-1].start(model.body[0])
@@ -76,7 +75,8 @@ def recipe_callbacks(recipe: Recipe, dls: DataLoaders, model: CustomResNet) -> l
 
 def optimizer(recipe: Recipe, model: CustomResNet) -> dict:
     """The recipe's SGD and its groups of parameters, as `Learner` takes them."""
-    opt_func = partial(SGD, momentum=recipe.momentum, nesterov=recipe.nesterov)
+    fused = next(model.parameters()).device.type == "cuda"
+    opt_func = partial(SGD, momentum=recipe.momentum, nesterov=recipe.nesterov, fused=fused)
     if recipe.norm_bias_lr == 1:
         return {"opt_func": opt_func}
     for norm in norms(model):

@@ -41,11 +41,19 @@ class SGD(OptimWrapper):
     """torch's SGD, which has the Nesterov momentum that fastai's lacks and takes all parameters at once.
 
     fastai's own wrapper hands out copies of the hyper-parameters, so that what a callback writes there is lost, and
-    among them torch's switches, which no log takes for numbers.
+    among them torch's switches, which no log takes for numbers. `fused` has a device take a step in one go.
     """
 
-    def __init__(self, params, lr: float, momentum: float, nesterov: bool, lr_scales: tuple[float, ...] = (1.0,)):
-        super().__init__(params, torch.optim.SGD, lr=lr, momentum=momentum, nesterov=nesterov)
+    def __init__(
+        self,
+        params,
+        lr: float,
+        momentum: float,
+        nesterov: bool,
+        lr_scales: tuple[float, ...] = (1.0,),
+        fused: bool = False,
+    ):
+        super().__init__(params, torch.optim.SGD, lr=lr, momentum=momentum, nesterov=nesterov, fused=fused or None)
         for group, scale in zip(self.opt.param_groups, lr_scales, strict=True):
             group["lr_scale"] = scale
 

@@ -60,7 +60,7 @@ class MixedPrecision(fp16.MixedPrecision):
     order = fp16.MixedPrecision.order - 1  # meets fastai's before that begins
 
     def __init__(self, precision: str):
-        self.precision, self.kwargs, self.contexts = precision, {}, ExitStack()
+        self.precision, self.kwargs, self.contexts, self.fused = precision, {}, ExitStack(), None
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "precision": "fp32", "contexts": ExitStack()}
@@ -81,6 +81,12 @@ class MixedPrecision(fp16.MixedPrecision):
         self.contexts.close()  # of a fit that was interrupted in a batch
         settings = {**self.kwargs, "enabled": self.precision == "fp16"}  # the others have the range of fp32
         self.learn.scaler, self.scales = GradScaler(device.type, **settings), L()
+        self.fused = getattr(self.opt, "opt", None) if settings["enabled"] else None
+        if not getattr(self.fused, "_step_supports_amp_scaling", False):
+            self.fused = None
+        for p in (p for group in self.fused.param_groups for p in group["params"]) if self.fused else ():
+            # A first step that is left out would leave them as they were allocated.
+            self.fused.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
 
     def before_batch(self):
         mixed, device = self.precision in DTYPES, self.dls.device.type
@@ -90,11 +96,24 @@ class MixedPrecision(fp16.MixedPrecision):
         if self.precision in DTYPES:
             self.contexts.close()  # the backward pass takes the types of the forward pass by itself
 
+    def before_step(self):
+        if self.fused is None:
+            super().before_step()
+            return
+        # fastai's would read whether gradients have overflowed; this optimiser looks by itself, on the device.
+        self.scaler.unscale_(self.fused)
+        self.fused.found_inf = sum(self.scaler._found_inf_per_device(self.fused).values())
+
+    def after_step(self):
+        super().after_step()
+        if self.fused is not None:
+            self.fused.found_inf = None
+
     def after_batch(self):
         self.contexts.close()
 
     def after_fit(self):
-        self.learn.scaler, self.scales = None, None
+        self.learn.scaler, self.scales, self.fused = None, None, None
 
 
 @contextmanager
