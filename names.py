@@ -2,6 +2,8 @@
 
 import re
 
+TEST = ("test", "valid", "val", "validation")  # what the folder of test images is called; the first one counts
+
 
 def printable(text: str) -> str:
     """`text` for a terminal: a file's name can hold what moves its cursor, or what no terminal can show."""

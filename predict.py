@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated
 
 from errors import InputError, parse, run_command
-from names import printable, shortened
+from names import TEST, printable, shortened
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,9 @@ class Options:
         if self.json and self.csv:
             raise InputError("--json contradicts --csv; drop one of them")
         for word in self.images:
-            if self.eval and all(os.path.isdir(Path(word) / split) for split in ("train", "test")):
-                raise InputError(f"{word}: --eval on training images flatters; pass {Path(word) / 'test'}")
+            test = next((name for name in TEST if os.path.isdir(Path(word) / name)), None)
+            if self.eval and test and os.path.isdir(Path(word) / "train"):
+                raise InputError(f"{word}: --eval on training images flatters; pass {Path(word) / test}")
 
 
 if __name__ == "__main__":

@@ -16,10 +16,9 @@ from images.cache import decoded
 from images.cifar10 import BATCH_FILES, CIFAR10_STATS, download, read_batches
 from images.decoding import decode, read_image, to_rgb
 from images.table import Found, ImageTable, Tally, table_of
-from names import printable
+from names import TEST, printable
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
-TEST = ("test", "valid", "val", "validation")  # names of the folder of test images; the first that is there counts
 
 
 def load_images(source: str | Path | ImageTable) -> ImageTable:

@@ -288,9 +288,11 @@ def test_folders_that_are_no_classes_are_named_before_the_work_starts(trained, r
     code, out, err = run(trained, root, "--eval")
     assert (code, out) == (2, "")
     assert err == f"predict.py: error: {root}: --eval on training images flatters; pass {root}/test\n"
-    code, out, err = run(trained, root / "test", "--eval")
+    (root / "test").rename(root / "val")
+    assert run(trained, root, "--eval")[2].endswith(f"pass {root}/val\n")
+    code, out, err = run(trained, root / "val", "--eval")
     assert (code, out) == (2, "")
-    assert "test/cat/000.png: --eval takes images in folders named as the model's classes: 0, 1, 2" in err
+    assert "val/cat/000.png: --eval takes images in folders named as the model's classes: 0, 1, 2" in err
 
 
 # What goes wrong
