@@ -133,7 +133,7 @@ class Options:
             if not self.out:
                 raise InputError("--resume auto: pass --out RUN too, the folder to start in or to go on in")
             run = Path(self.out)
-            if not (run / "config.json").exists():
+            if not os.path.exists(run / "config.json"):
                 return None, replace(self, resume=None)
         elif self.out:
             raise InputError(f"--out {self.out}: a resumed run goes on in its own folder; leave it out")

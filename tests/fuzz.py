@@ -36,6 +36,8 @@ with atheris.instrument_imports(include=["images", "training", "trained", "optio
     from images import cifar10, decoding, sources
     from options import Options
     from trained.header import HEADER
+    from trained.loading import load_model
+    from trained.onnx_file import save_onnx
     from trained.safe_file import load_safetensors
     from training import checkpoint
 
@@ -43,6 +45,7 @@ WHERE = Path(tempfile.mkdtemp(dir="/dev/shm" if Path("/dev/shm").is_dir() else N
 sources.decoded = lambda path, read: read(path)  # keep nothing
 NETWORK = CustomResNet(2, 1)
 GIVEN = asdict(Options())
+PIXELS = np.full((1, 32, 32, 3), 128, np.uint8)
 
 
 def png() -> bytes:
@@ -86,6 +89,12 @@ def safe() -> bytes:
     return save(NETWORK.state_dict(), {HEADER: json.dumps(header)})
 
 
+def exported() -> Path:
+    (WHERE / "model.safetensors").write_bytes(safe())
+    save_onnx(*load_safetensors(WHERE / "model.safetensors"), WHERE / "model.onnx")
+    return WHERE / "model.onnx"
+
+
 def read_archive(data: bytes, suffix: str) -> None:
     path = WHERE / f"a{suffix}"
     path.write_bytes(data)
@@ -107,14 +116,15 @@ def read_checkpoint(data: bytes) -> None:
     checkpoint.load_checkpoint(WHERE, NETWORK)
 
 
-def read_safetensors(data: bytes) -> None:
-    (WHERE / "model.safetensors").write_bytes(data)
-    load_safetensors(WHERE / "model.safetensors")
+def read_model(data: bytes, suffix: str) -> None:
+    (WHERE / f"model{suffix}").write_bytes(data)
+    model = load_model(WHERE / f"model{suffix}", "cpu")
+    json.dumps(dict(zip(model.classes, model.probabilities(PIXELS)[0].tolist(), strict=True)), allow_nan=False)
 
 
 def read_config(data: bytes) -> None:
     (WHERE / "config.json").write_bytes(data)
-    options.read_config(WHERE)
+    options.read_config(WHERE)[1].settings()
 
 
 # The first byte of an input says which.
@@ -125,8 +135,9 @@ READERS = [
     (lambda data: read_batches(data, "batches.meta"), lambda: python2_pickle({b"label_names": [b"a", b"b"]})),
     (read_image, png),
     (read_checkpoint, lambda: saved(dict.fromkeys(checkpoint.KEYS, 1) | {"model": NETWORK.state_dict()})),
-    (read_safetensors, safe),
+    (lambda data: read_model(data, ".safetensors"), safe),
     (read_config, lambda: json.dumps({"options": GIVEN, "epochs": 3, "wd": 0.1}).encode()),
+    (lambda data: read_model(data, ".onnx"), lambda: exported().read_bytes()),
 ]
 
 
@@ -146,5 +157,5 @@ if __name__ == "__main__":
     corpus.mkdir(exist_ok=True)
     for number, (_, good) in enumerate(READERS):
         (corpus / f"good-{number}").write_bytes(bytes([number]) + good())
-    atheris.Setup([*sys.argv, "-timeout=10", "-rss_limit_mb=2500", "-max_len=20000"], one_input)
+    atheris.Setup([*sys.argv, "-timeout=10", "-rss_limit_mb=2500", "-max_len=40000"], one_input)
     atheris.Fuzz()

@@ -569,6 +569,10 @@ def test_bad_data(image_folder, refusal, spoil, expected, options):
         ("--out /proc/nowhere/run --recipe demo", "/proc/nowhere: the run folder cannot be made here"),
         ("--out /dev/null --recipe demo", "--out /dev/null: this is a file; name a new or an empty folder"),
         ("--out /dev/null/run --recipe demo", "/dev/null/run: the run folder cannot be made here (Not a directory)"),
+        (
+            f"--out {'x' * 300} --recipe demo",
+            "the run folder cannot be made here (File name too long); pass --out PATH",
+        ),
         ("--out .. --recipe demo", "--out ..: the folder is not empty; name a new or an empty one"),
         ("--resume nowhere", "nowhere: not the folder of a run, no config.json"),
         ("--resume nowhere --runs 2", "--runs 2: --resume nowhere goes on with one run; leave it out"),

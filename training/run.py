@@ -1,6 +1,7 @@
 """The run folder: what its files are called, and what can be read from it. Imports nothing that takes long."""
 
 import json
+import os
 from pathlib import Path
 
 from errors import InputError
@@ -17,9 +18,9 @@ def check_out(out: str | None) -> None:
     if out is None:
         return
     path = Path(out)
-    if path.is_dir() and any(path.iterdir()):
+    if os.path.isdir(path) and any(path.iterdir()):  # of a name that is too long, pathlib's is_dir raises
         raise InputError(f"--out {out}: the folder is not empty; name a new or an empty one")
-    if path.exists() and not path.is_dir():
+    if os.path.exists(path) and not os.path.isdir(path):
         raise InputError(f"--out {out}: this is a file; name a new or an empty folder")
 
 
