@@ -60,7 +60,7 @@ SIDE = 320  # pixels of the picture with the map on it
 UNREADABLE = f"This cannot be read as a picture: it must be one of {', '.join(FORMATS)}, of at most {MAX_PIXELS // 10**6} megapixels."
 CSS = "#picture img {width: 100%; height: 100%; object-fit: contain}"  # small pictures large
 FILES = (
-    "app.py", "errors.py", "files.py", "model.py", "names.py", "images/__init__.py", "images/decoding.py", "trained/__init__.py",
+    "app.py", "errors.py", "files.py", "interrupts.py", "model.py", "names.py", "images/__init__.py", "images/decoding.py", "trained/__init__.py",
     *(f"trained/{name}.py" for name in ("classifier", "device", "header", "loading", "predictor", "safe_file")),
 )  # fmt: skip
 

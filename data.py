@@ -60,6 +60,8 @@ def get_dls(
     for name, value, least in (("bs", bs, 2), ("seed", seed, 0), ("workers", 0 if workers is None else workers, 0)):
         if value < least or value >= 2**32:
             raise InputError(f"{name} is {value}: it must be at least {least} and below 2**32")
+    if workers is not None and workers > (most := max(32, 4 * (os.cpu_count() or 1))):
+        raise InputError(f"workers is {workers}: each is a process; at most {most} make sense here")
     if not 0 < valid_pct < 1:
         raise InputError(f"valid_pct is {valid_pct}: it must be above 0 and below 1")
     device = default_device() if device is None else torch.device(device)

@@ -5,14 +5,15 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from time import sleep
-from types import TracebackType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from fastcore.script import anno_parser
 
+from interrupts import Interrupted, end_at_once, stops_raised
 from names import printable
 
 warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated")  # fastai's import, nothing to do here
@@ -58,17 +59,42 @@ def fail(message: object, code: int = 2) -> NoReturn:
     if (rank := os.environ.get("RANK", "0")) != "0":
         sleep(10)  # what stops rank 0, too, is for rank 0 to say: the launcher then ends the others before this
         message = f"rank {rank}: {message}"
-    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    print(f"{Path(sys.argv[0]).name}: error: {message}", file=Lasting(sys.stderr))
     sys.exit(code)
 
 
-def one_line_for_ctrl_c(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-    """Python's `excepthook`, for an error that nothing has caught; Ctrl-C in it is one line, too."""
-    if not issubclass(kind, KeyboardInterrupt):
-        sys.__excepthook__(kind, error, traceback)
-        return
-    print(f"{Path(sys.argv[0]).name}: error: stopped by Ctrl-C", file=sys.stderr, flush=True)
-    os._exit(130)  # a hook cannot set the exit code otherwise
+class Lasting:
+    """A standard stream that outlasts its reader: whatever cannot be written to it any more is lost, and that is all.
+
+    So a training goes on behind a closed terminal, `head -1` or a log on a full disk.
+    """
+
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        self._try(self.stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self.stream.flush)
+
+    def _try(self, func: Callable, *args) -> None:
+        try:
+            func(*args)
+        except OSError:
+            with open(os.devnull, "w") as nowhere:
+                os.dup2(nowhere.fileno(), self.stream.fileno())  # also for what is still in its buffer
+
+
+@contextmanager
+def lasting_streams() -> Iterator[None]:
+    """Within this, whatever is printed outlasts its reader."""
+    with redirect_stdout(Lasting(sys.stdout)), redirect_stderr(Lasting(sys.stderr)):
+        yield
 
 
 def leave_stdout() -> None:
@@ -77,33 +103,37 @@ def leave_stdout() -> None:
 
 
 def run_command(func: Callable, *args, **kwargs) -> Any:
-    """What `func` returns; bad input becomes one line and exit code 2, Ctrl-C one line and 130."""
+    """What `func` returns; bad input or a failing disk is one line and exit code 2, a signal one line and its own."""
     if sys.stdout is None:
         fail("stdout is closed; send it to a file, or to /dev/null")
     # Whoever follows a log file sees each line as it comes, and what the terminal cannot show as an escape.
     sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     try:
-        return func(*args, **kwargs)
+        with stops_raised():
+            return func(*args, **kwargs)
     except InputError as e:
         fail(e)
     except Stopped as e:
         if os.environ.get("RANK", "0") == "0":
-            print(f"{Path(sys.argv[0]).name}: {e}", file=sys.stderr)
+            print(f"{Path(sys.argv[0]).name}: {e}", file=Lasting(sys.stderr))
         sys.exit(e.code)
     except BrokenPipeError:  # whoever reads the output has had enough, as `head` does
         leave_stdout()
         sys.exit(1)
-    except OSError:
+    except OSError as e:  # a disk that is full, broken or another user's is no bug of ours
         try:
-            print(flush=True)  # is it stdout that cannot be written to, as /dev/full and a full disk?
-        except OSError as e:
+            if e.filename is None:
+                print(flush=True)  # is it stdout that cannot be written to, as /dev/full and a full disk?
+        except OSError as of_stdout:
             leave_stdout()
-            fail(f"stdout: {e.strerror}; send it somewhere else")
-        raise
-    except KeyboardInterrupt:
+            fail(f"stdout: {of_stdout.strerror}; send it somewhere else")
+        if e.errno is None:
+            raise
+        fail(InputError(f"{e.filename or 'a file'}: {e.strerror}"))
+    except Interrupted as e:
         if sys.stdout.isatty():
             print()  # the bar's line ends here
-        fail("stopped by Ctrl-C", 130)
+        fail(e, e.code)
 
 
 def right_option(word: str, options: Sequence[str]) -> str | None:
@@ -122,7 +152,7 @@ def parse(func: Callable, pos: Sequence[str] = ()) -> Any:
     argparse would print its whole usage first. `pos` names arguments that stay positional though they have a default.
     """
     let_idle_threads_sleep()
-    sys.excepthook = one_line_for_ctrl_c  # while the command's imports take their seconds
+    end_at_once()
     parser = anno_parser(func, pos=pos)
     parser.allow_abbrev, parser.error = False, fail
     parsed, unknown = parser.parse_known_args()

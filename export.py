@@ -38,16 +38,22 @@ from collections.abc import Callable
 from pathlib import Path
 
 from names import printable
+from reporting.card import CAPTIONS
 from trained.loading import model_file
 from trained.onnx_file import save_onnx
 from trained.pt2_file import save_pt2
 from trained.safe_file import load_safetensors, save_half
 
+PUBLIC = [
+    "README.md", "config.json", "history.csv", "result.json", "lr_find.csv", "lr_find.json", "examples/[0-9][0-9].png",
+    *(f"{picture}.{suffix}" for picture in CAPTIONS for suffix in ("png", "svg")),
+    *(f"model.{suffix}" for suffix in ("safetensors", "half.safetensors", "pkl", "onnx", "pt2")), "models/last.pth", "models/best.pth",
+]  # fmt: skip
 WRITERS: dict[str, Callable] = {"onnx": save_onnx, "pt2": save_pt2, "half.safetensors": save_half}  # by the file's end
 
 
 def send(run: Path, repo: str, private: bool = False) -> str:
-    """Send what is in `run`, but for hidden files and logs, to `repo` on the Hugging Face Hub; returns its address.
+    """Send the files of `run` that are known to be for all to see to `repo` on the Hugging Face Hub; returns its address.
 
     Raises InputError where the run has no model card, or the Hub cannot be reached or will not take it.
     """
@@ -69,8 +75,7 @@ def send(run: Path, repo: str, private: bool = False) -> str:
     api = HfApi()
     try:
         api.create_repo(repo, private=private, exist_ok=True)
-        ignored = [".*", "*/.*", "tensorboard/*", "wandb/*"]
-        api.upload_folder(repo_id=repo, folder_path=run, ignore_patterns=ignored, commit_message=f"Add {run.name}")
+        api.upload_folder(repo_id=repo, folder_path=run, allow_patterns=PUBLIC, commit_message=f"Add {run.name}")
     except Exception as e:  # no network, no right, a wrong name: each is of another type, and they change
         raise InputError(f"--push {repo}: the Hub does not take it ({type(e).__name__}: {e})") from e
     return f"{api.endpoint}/{repo}"

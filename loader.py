@@ -3,10 +3,13 @@
 import os
 import random
 import signal
+import threading
+import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import cycle, islice, starmap
 from math import prod
 
@@ -177,7 +180,7 @@ class KeyedDL(TfmdDL):
         """Worker processes for as long as what is returned; its `sampler` is a list, for an epoch's keys."""
         n = self.fake_l.num_workers
         options = {"num_workers": n, "prefetch_factor": AHEAD, "persistent_workers": True, "timeout": self.timeout}
-        options |= {"collate_fn": noop, "worker_init_fn": _ignore_stops}
+        options |= {"collate_fn": noop, "worker_init_fn": partial(_begin_worker, os.getpid())}
         options["generator"] = torch.Generator()  # their seeds are not from the generator that training draws from
         batches = Batches(self, buffers=AHEAD * n + 1)  # one more, as one is being taken
         workers = DataLoader(batches, batch_size=None, sampler=[], **options)
@@ -246,10 +249,18 @@ def _typed(x: torch.Tensor, *labels: np.ndarray) -> tuple:
     return TensorImage(x.permute(0, 3, 1, 2)), *(TensorCategory(torch.from_numpy(y)) for y in labels)
 
 
-def _ignore_stops(worker: int):
-    """A stop is for the process that trains to hear."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+def _begin_worker(owner: int, worker: int):
+    """A stop is for the process that trains to hear, and a worker lives no longer than that one."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=(owner,), daemon=True).start()
+
+
+def _end_with(owner: int):
+    """torch looks who its parent is too late: a worker whose parent has gone before would wait for work for ever."""
+    while os.getppid() == owner:
+        time.sleep(1)
+    os._exit(1)
 
 
 def _stop_workers(running: Iterator, owner: int):

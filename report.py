@@ -29,32 +29,11 @@ from collections import defaultdict
 from pathlib import Path
 
 from names import printable
-from options import read_config
 from recipes import Recipe
-from reporting.evaluation import evaluate
-from reporting.pictures import save_augmentations, save_comparison, save_lr_find
-from reporting.report import write_report
+from reporting.pictures import save_comparison
+from reporting.report import draw_again
 from reporting.tables import runs_table
-from trained.device import get_device
-from training.learner import new_learner
-from training.lr_finder import RangeTest
 from training.run import Run
-
-
-def draw_again(run: Run, device: str) -> None:
-    """All pictures of the run and its README, from its weights and the images it was trained on."""
-    result = run.result()
-    _, options = read_config(run.folder)
-    learn = new_learner(options, get_device(device))
-    if learn.dls.train_ds.items.fingerprint() != result["fingerprint"]:
-        raise InputError(f"{run}: the images in {result['data']} are not those that it was trained on")
-    learn.path = run.folder
-    learn.load("last", with_opt=False)
-    save_augmentations(learn.dls, run / "augmentations.png")
-    if test := RangeTest.load(run.folder):
-        save_lr_find(test, run / "lr_find.png", result["peak_lr"])
-    write_report(learn, options, result, evaluate(learn))
-    print(printable(f"see          {run / 'README.md'}"))
 
 
 def grouped(results: list[dict]) -> dict[str, list[dict]]:
@@ -91,6 +70,7 @@ def main(options: Options) -> None:
     runs = [Run(Path(folder)) for folder in options.runs]
     if len(runs) == 1:
         draw_again(runs[0], options.device)
+        print(printable(f"see          {runs[0] / 'README.md'}"))
     else:
         compare(runs, Path(options.picture))
 

@@ -12,7 +12,12 @@ In a notebook:
     learn.fit_one_cycle(12, 0.1)
 """
 
-from errors import InputError, Stopped, parse, run_command
+from interrupts import end_at_once
+
+if __name__ == "__main__":
+    end_at_once()  # a signal is one line from here on
+
+from errors import InputError, Stopped, lasting_streams, parse, run_command
 from options import Options
 from recipes import recipe_table
 
@@ -26,27 +31,29 @@ import gc
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 
 from fastai.callback.core import Callback
 from fastai.learner import Learner
+from fastai.torch_core import num_distrib
 
 from files import locked
 from names import printable
 from reporting.evaluation import evaluate
 from reporting.pictures import save_augmentations, save_lr_find
-from reporting.report import write_report
+from reporting.report import draw_again, write_report
 from reporting.tables import runs_table
 from trained.device import check_device
 from trained.learner_file import export
 from trained.safe_file import save_safetensors
 from training.callbacks import BatchLog, CompiledTraining, tta_accuracy
-from training.checkpoint import Checkpoint, faults_explained, load_checkpoint, remove_checkpoints, signals
-from training.description import describe, few_batches, print_config
+from training.checkpoint import Checkpoint, load_checkpoint
+from training.description import describe, few_batches, keep_threads, print_config
 from training.distributed import all_ranks, is_rank0, joined, on_rank0, own_folder
+from training.faults import faults_explained, how_to_go_on, stops_heard
 from training.history import Forecast, RunLog, save_weights
 from training.learner import get_learner, new_learner  # noqa: F401  get_learner is for notebooks
 from training.lr_finder import RangeTest, range_test, undisturbed
@@ -58,26 +65,47 @@ def train(options: Options, cbs: Sequence[Callback] = ()) -> dict | None:
 
     `cbs` are further callbacks of the training. None with `lr_find_only`, and in all processes but the first.
     """
-    started = perf_counter()
+    started, given = perf_counter(), options
     with joined():
-        folder, options = on_rank0(options.resumed)
-        if folder is None:
-            on_rank0(check_out, options.out)
-        elif result := on_rank0(Run(folder).result_if_ended):
-            print(
-                f"finished     {printable(str(folder))}: {result['last_accuracy']:.2%} accuracy after {result['epochs']} epochs"
-            )
-            return result
+        found = folder, options, result = on_rank0(find_run, given)
+        if result:
+            return finished(Run(folder), options, result)
         device = check_device(options.device, options.deterministic, options.sync_bn, options.compile)
+        if folder:
+            keep_threads(on_rank0(Run(folder).config), device)
         learn = new_learner(options, device)
         config = describe(learn, options)
         with in_its_folder(learn, on_rank0(open_run, folder, options, config)) as run:
-            show_start(run, learn, options, config)
-            peak = choose_peak(run, learn, options)
-            if options.lr_find_only:
-                return None
-            history = fit(run, learn, options, peak, cbs)
-            return finish(run, learn, options, peak, history, started) if is_rank0() else None
+            if on_rank0(find_run, given) == found:
+                show_start(run, learn, options, config)
+                peak = choose_peak(run, learn, options)
+                if options.lr_find_only:
+                    return None
+                history = fit(run, learn, options, peak, cbs)
+                return finish(run, learn, options, peak, history, started) if is_rank0() else None
+        return train(given, cbs)  # another process has had the folder while this one was on its way to it
+
+
+def find_run(options: Options) -> tuple[Path | None, Options, dict | None]:
+    """The folder of the run to go on with, the options it was started with, and its result if it has ended."""
+    folder, options = options.resumed()
+    if folder is None:
+        check_out(options.out)
+        return None, options, None
+    return folder, options, Run(folder).result_if_ended()
+
+
+def finished(run: Run, options: Options, result: dict) -> dict:
+    """Say that the run has ended, and do what a kill or a fault has left undone behind its end; returns `result`."""
+    print(f"finished     {printable(str(run))}: {result['last_accuracy']:.2%} accuracy after {result['epochs']} epochs")
+    if num_distrib() > 1:
+        return result
+    with suppress(OSError, InputError), locked(run.folder):  # a disk to read only, a process that draws its pictures
+        run.tidy()
+    if not options.no_pictures and not (run / "README.md").exists():
+        with pictures_can_wait(run):
+            draw_again(run, options.device)
+    return result
 
 
 @contextmanager
@@ -85,9 +113,12 @@ def in_its_folder(learn: Learner, folder: Path) -> Iterator[Run]:
     """The run, held for as long as this lasts; faults become one line, and no progress bar fills a file."""
     # In a file or a pipe a progress bar is a heap of carriage returns. RunLog writes what fastai's own log leaves out.
     quiet = nullcontext() if sys.stdout.isatty() else learn.no_bar()
-    with own_folder(folder) as own, locked(own), faults_explained(own, learn.dls.train.bs), quiet, learn.no_logging():
+    bs = learn.dls.train.bs
+    with own_folder(folder) as own, faults_explained(own, bs), locked(own), quiet, learn.no_logging():
         learn.path = own
-        yield Run(own)
+        run = Run(own)
+        run.tidy()
+        yield run
 
 
 def show_start(run: Run, learn: Learner, options: Options, config: dict) -> None:
@@ -130,16 +161,16 @@ def fit(run: Run, learn: Learner, options: Options, peak: float, cbs: Sequence[C
     """Train from the start, or from the last checkpoint on. Raises Stopped, and InputError for a loss not finite."""
     settings, config = options.settings(), run.config()
     state = on_rank0(load_checkpoint, run.folder, learn.model)
-    log, checkpoint = RunLog(), Checkpoint(state, options.max_minutes)
+    log = RunLog()
+    checkpoint = Checkpoint(log, state, options.max_minutes)
     print(f"training     {settings.epochs} epochs, peak learning rate {peak:.3g}{checkpoint}")
     own = [log, Forecast(), checkpoint]
     if options.log and is_rank0():
         own.append(BatchLog(options.log, run.folder, config))
-    with all_ranks(learn, options.sync_bn), signals(checkpoint.ask_to_stop):
+    with all_ranks(learn, options.sync_bn), stops_heard(checkpoint.ask_to_stop):
         settings.schedule.fit(learn, settings.epochs, peak, [*own, *cbs], checkpoint.first_epoch)
     if checkpoint.stopped:
-        again = Options(resume=str(run)).command(config["processes"])
-        raise Stopped(f"stopped {checkpoint.stopped}; go on with: {again}", checkpoint.code)
+        raise Stopped(f"stopped {checkpoint.stopped}; {how_to_go_on(run.folder)}", checkpoint.code)
     if log.failure:
         high = f"a peak learning rate of {peak:.3g} is too high here, lower --lr"
         raise InputError(f"{log.failure}: {high}; {run} keeps the history")
@@ -147,9 +178,8 @@ def fit(run: Run, learn: Learner, options: Options, peak: float, cbs: Sequence[C
 
 
 def finish(run: Run, learn: Learner, options: Options, peak: float, log: RunLog, started: float) -> dict:
-    """Write the model's files, measure it, write what is to be said of it; returns what is in `result.json`."""
+    """Write the model's files, measure it, draw what is to be seen of it; returns what is in `result.json`."""
     save_weights(learn, "last")
-    export(learn, run / "model.pkl")
     print(f"measuring    {len(learn.dls.valid_ds):,} images, in fp32")
     with learn.no_bar():
         averaged = tta_accuracy(learn) if options.tta else None
@@ -169,18 +199,36 @@ def finish(run: Run, learn: Learner, options: Options, peak: float, log: RunLog,
         "history": log.history,
     }
     save_safetensors(learn, run / "model.safetensors", result)
-    if not options.no_pictures:
-        write_report(learn, options, result, evaluation)
+    export(learn, run / "model.pkl")
     run.write("result", result)
-    remove_checkpoints(run.folder)
-    print_result(run, options, result)
+    run.tidy()
+    try:
+        if not options.no_pictures:
+            with pictures_can_wait(run):
+                write_report(learn, options, result, evaluation)
+    finally:
+        print_result(run, options, result)
     return result
+
+
+@contextmanager
+def pictures_can_wait(run: Run) -> Iterator[None]:
+    """A fault of the disk becomes one line: all else is on it."""
+    try:
+        yield
+    except OSError as e:
+        if e.errno is None:
+            raise
+        again = shlex.join(["python", "report.py", str(run)])
+        raise InputError(
+            f"{e.filename or run}: {e.strerror}; all but the pictures is there, draw them with: {again}"
+        ) from e
 
 
 def print_result(run: Run, options: Options, result: dict) -> None:
     """The figures, and what to do next."""
     held_out = f"{options.valid_pct:.0%} of the training set" if options.valid == "holdout" else "here the test set"
-    shown = "" if options.no_pictures else "README.md with all pictures, "
+    shown = "README.md with all pictures, " if (run / "README.md").exists() else ""
     again = {"seed": options.seed + 1, "out": None, "resume": None, "max_minutes": None}
     print(f"\nlast epoch   {result['last_accuracy']:.2%} accuracy on the validation set, {held_out}")
     if options.tta:
@@ -210,11 +258,12 @@ def train_seeds(options: Options, cbs: Sequence[Callback] = ()) -> None:
 
 def main(options: Options, cbs: Sequence[Callback] = ()) -> None:
     """The command."""
-    if options.runs > 1:
-        with joined():
-            train_seeds(options, cbs)
-    else:
-        train(options, cbs)
+    with lasting_streams():
+        if options.runs > 1:
+            with joined():
+                train_seeds(options, cbs)
+        else:
+            train(options, cbs)
 
 
 if __name__ == "__main__":

@@ -7,19 +7,26 @@ from pathlib import Path
 from fastai.learner import Learner
 from PIL import Image
 
-from files import complete
-from options import Options
+from errors import InputError
+from files import complete, locked
+from options import Options, read_config
 from reporting.card import CAPTIONS, write_card
-from reporting.evaluation import Evaluation
+from reporting.evaluation import Evaluation, evaluate
 from reporting.pictures import (
+    save_augmentations,
     save_classes,
     save_confusion,
     save_examples,
     save_history,
+    save_lr_find,
     save_reliability,
     save_schedules,
 )
 from trained.classifier import classifier_of, grad_cam
+from trained.device import get_device
+from training.learner import new_learner
+from training.lr_finder import RangeTest
+from training.run import Run
 
 EXAMPLES = 12  # images in a picture of them
 RESULTS = Path(__file__).parents[1] / "results/runs"
@@ -45,6 +52,25 @@ def write_report(learn: Learner, options: Options, result: dict, evaluation: Eva
         save_examples(evaluation, chosen, maps, title, run / f"{name}.png")
     save_first_images(evaluation, run / "examples")
     write_card(run, options, result)
+
+
+def draw_again(run: Run, device: str) -> None:
+    """All pictures of a run that has ended, and its README, from its weights and the images it was trained on.
+
+    device: its name. Raises InputError where the run has not ended, or the images are others.
+    """
+    result = run.result()
+    _, options = read_config(run.folder)
+    with locked(run.folder):
+        learn = new_learner(options, get_device(device))
+        if learn.dls.train_ds.items.fingerprint() != result["fingerprint"]:
+            raise InputError(f"{run}: the images in {result['data']} are not those that it was trained on")
+        learn.path = run.folder
+        learn.load("last", with_opt=False)
+        save_augmentations(learn.dls, run / "augmentations.png")
+        if test := RangeTest.load(run.folder):
+            save_lr_find(test, run / "lr_find.png", result["peak_lr"])
+        write_report(learn, options, result, evaluate(learn))
 
 
 def save_first_images(evaluation: Evaluation, folder: Path) -> None:

@@ -555,6 +555,7 @@ def test_bad_data(image_folder, refusal, spoil, expected, options):
         ("--cutmix 1e-300", "cutmix is 1e-300: it must be 0, or at least 0.01"),
         ("--seed -1 --data digits", "seed is -1: it must be at least 0"),
         ("--seed 4294967296 --data digits", "seed is 4294967296: it must be at least 0 and below 2**32"),
+        ("--workers 100000 --data digits", "workers is 100000: each is a process; at most "),
         ("--workers -1 --data digits", "workers is -1: it must be at least 0"),
         ("--runs 0", "--runs is 0: it must be at least 1"),
         ("--runs 2 --lr-find-only", "--runs is 2: --lr-find-only does not train"),

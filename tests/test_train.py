@@ -35,7 +35,7 @@ TINY = ("--recipe", "demo", "--width", "4", "--device", "cpu")
 
 
 def files(folder):
-    return {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+    return {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
 
 
 def weights(folder, name="last"):

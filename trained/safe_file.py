@@ -51,7 +51,7 @@ def save_half(classifier: Classifier, header: dict, path: Path) -> None:
 def _write(tensors: dict[str, torch.Tensor], header: dict, path: Path) -> None:
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     with complete(path) as beside:
-        beside.write_bytes(save(tensors, {"format": "pt", HEADER: json.dumps(header)}))
+        beside.write_bytes(save(tensors, {HEADER: json.dumps(header)}))  # of two keys the order would be chance
 
 
 def load_safetensors(path: str | Path) -> tuple[Classifier, dict]:

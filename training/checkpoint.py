@@ -1,12 +1,7 @@
-"""Stop and go on: a checkpoint after every epoch and at every stop, and a training that continues bit for bit."""
+"""Stop and go on: checkpoints between epochs and at every stop, and a training that continues bit for bit."""
 
-import errno
 import os
-import signal
-import threading
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
 
@@ -18,17 +13,23 @@ from fastai.torch_core import get_random_states, num_distrib, rank_distrib, set_
 from torch import nn
 
 from errors import InputError
-from files import complete
+from files import complete, to_disk
 from training.distributed import highest
+from training.history import RunLog
+from training.run import CHECKPOINTS
 
-NAME, BEFORE = "checkpoint.pth", "checkpoint-before.pth"
+NAME, BEFORE = CHECKPOINTS
 FORMAT = 2  # changes with what is in the file
-STOPS = {1: ("after --max-minutes", 0), 130: ("by Ctrl-C", 130), 143: ("by SIGTERM", 143)}  # in words, for the shell
+EVERY = 10  # seconds between two checkpoints: what has to be on the disk takes a tenth of a second
+STOPS = {1: ("after --max-minutes", 0), 129: ("by SIGHUP", 129), 130: ("by Ctrl-C", 130), 143: ("by SIGTERM", 143)}
 KEYS = {"format", "epoch", "batch", "pct_train", "model", "opt", "scaler", "callbacks", "random", "loader"}
 
 
 class Checkpoint(Callback):
-    """Writes `checkpoint.pth` after every epoch and keeps the one before; goes on from `load_checkpoint`'s `state`.
+    """Writes `checkpoint.pth` between epochs and keeps the one before; goes on from `load_checkpoint`'s `state`.
+
+    It does so after an epoch when ten seconds have passed since the last one, at a stop, and after the last epoch.
+    What `log` has of the best weights is on the disk before.
 
     After `ask_to_stop`, which a signal handler may call, or when it has taken `max_minutes`, training ends with the
     batch that is under way and a checkpoint; `stopped` then says where, `code` is that for the shell. Of several
@@ -40,8 +41,8 @@ class Checkpoint(Callback):
 
     order = 90  # behind everything that is kept
 
-    def __init__(self, state: dict | None = None, max_minutes: float | None = None):
-        self.state, self.requested, self.code, self.stopped = state, 0, 0, None
+    def __init__(self, log: RunLog, state: dict | None = None, max_minutes: float | None = None):
+        self.log, self.state, self.requested, self.code, self.stopped = log, state, 0, 0, None
         self.deadline = None if max_minutes is None else perf_counter() + 60 * max_minutes
 
     def ask_to_stop(self, code: int) -> None:
@@ -59,6 +60,7 @@ class Checkpoint(Callback):
         return self.state["epoch"] if self.state else 0
 
     def before_fit(self):
+        self.written = perf_counter()
         if self.state is None:
             return
         get_model(self.model).load_state_dict(self.state["model"])
@@ -94,8 +96,16 @@ class Checkpoint(Callback):
             raise CancelFitException
 
     def after_epoch(self):
-        if self.epoch >= self.first_epoch:
+        if self.epoch < self.first_epoch:
+            return  # done before a stop
+        last = self.epoch + 1 == self.n_epoch
+        if highest(int(last or perf_counter() - self.written >= EVERY)):
             self._save(self.epoch + 1, 0)
+
+    def after_fit(self):
+        if not self.stopped and not self.log.failure and (code := highest(self.requested)) > 1:
+            why, self.code = STOPS[code]  # heard after the last batch
+            self.stopped = f"{why} after the last epoch"
 
     def _kept_callbacks(self) -> list[Callback]:
         # Looked up in the class: what a callback lacks, fastai looks up in its learner.
@@ -118,15 +128,17 @@ class Checkpoint(Callback):
             "random": {**states, "numpy_state": (name, keys.tolist(), *rest)},
             "loader": (train.epoch, batch) if batch else (train.epoch + 1, 0),
         }
+        self.written = perf_counter()
         if rank_distrib():
             return
+        self.log.write_best()
         path = self.path / NAME
         with complete(path) as beside:
             with beside.open("wb") as file:  # torch, given a path, hides why it cannot write there
                 torch.save(state, file)
+            to_disk(beside)
             if path.exists():
-                with complete(self.path / BEFORE) as before:
-                    os.link(path, before)
+                os.replace(path, self.path / BEFORE)  # which serves until the new one has its name
 
 
 def _without_numpy(state: dict) -> dict:
@@ -159,6 +171,8 @@ def load_checkpoint(run: Path, model: nn.Module) -> dict | None:
                 if bad := archive.testzip():
                     raise ValueError(f"wrong checksum of {bad}")
             state = torch.load(path, map_location="cpu", weights_only=True)
+        except OSError:
+            raise  # the disk's fault, or the network's, and perhaps not for long
         except Exception as e:  # whatever a damaged file makes of torch's reader
             remedy = remedy if name == BEFORE or (run / BEFORE).exists() else "delete it to start anew"
             raise InputError(f"{path}: damaged, {remedy} ({f'{type(e).__name__} {e}'.splitlines()[0][:80]})") from e
@@ -172,56 +186,3 @@ def load_checkpoint(run: Path, model: nn.Module) -> dict | None:
 
 def _shapes(weights: dict) -> dict:
     return {name: getattr(weight, "shape", None) for name, weight in weights.items()}
-
-
-@contextmanager
-def faults_explained(run: Path, bs: int) -> Iterator[None]:
-    """What the machine lacks becomes one line, and how to go on."""
-    again = f"go on with: python train_fastai.py --resume {run}"
-    try:
-        yield
-    except torch.OutOfMemoryError as e:
-        raise InputError(f"the device has too little memory for batches of {bs}; try --bs {max(2, bs // 2)}") from e
-    except OSError as e:
-        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        raise InputError(f"{e.filename or run}: {e.strerror}; make room, then {again}") from e
-    except RuntimeError as e:
-        if num_distrib() > 1 and (isinstance(e, torch.distributed.DistError) or "gloo" in str(e)):
-            raise InputError(f"another process of this training is gone, its own error is above; {again}") from e
-        if any(words in str(e) for words in ("inline_container", "iostream error")):  # torch's own files, fastai's too
-            raise InputError(
-                f"{run}: a file could not be written, maybe the disk is full; make room, then {again}"
-            ) from e
-        why = next((line.strip(" .") for line in str(e).splitlines() if "DataLoader worker" in line), None)
-        if why is None:
-            raise
-        raise InputError(f"{why}, perhaps for want of memory; {again} --workers 0") from e
-
-
-def remove_checkpoints(run: Path) -> None:
-    """Delete the checkpoints of a run that has ended."""
-    for name in (NAME, BEFORE):
-        (run / name).unlink(missing_ok=True)
-
-
-@contextmanager
-def signals(ask: Callable[[int], None]) -> Iterator[None]:
-    """Call `ask` with 130 at Ctrl-C, with 143 at SIGTERM; a second Ctrl-C is a KeyboardInterrupt."""
-    if threading.current_thread() is not threading.main_thread():  # only there Python delivers signals
-        yield
-        return
-    heard = []
-
-    def handle(number, frame):
-        if heard and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        heard.append(number)
-        ask(128 + number)
-
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -47,6 +47,24 @@ def describe(learn: Learner, options: Options) -> dict:
     }
 
 
+def keep_threads(before: dict, device: torch.device) -> None:
+    """Compute with as many threads as the run was started with; say so where there are not as many cores.
+
+    before: its `config.json`. Sums are rounded by how many threads share them.
+    """
+    threads, cores = before.get("threads"), len(os.sched_getaffinity(0))
+    if (
+        device.type != "cpu"
+        or threads in (None, torch.get_num_threads())
+        or before.get("processes") != max(1, num_distrib())
+    ):
+        return
+    if threads <= cores:
+        torch.set_num_threads(threads)
+    else:
+        print(f"threads      {torch.get_num_threads()}, not {threads} as at the start: the end will differ a little")
+
+
 def processor() -> str:
     """The name of the CPU, or its architecture where that is all there is, and its cores."""
     try:

@@ -43,14 +43,14 @@ def joined() -> Iterator[None]:
 
 
 def on_rank0(func: Callable, *args) -> Any:
-    """What `func(*args)` returns on rank 0, where alone it is called, or its InputError; all others wait for it."""
+    """What `func(*args)` returns on rank 0, where alone it is called, or its InputError or OSError; all wait for it."""
     if num_distrib() <= 1:
         return func(*args)
     answer = [None, None]
     if rank_distrib() == 0:
         try:
             answer[0] = func(*args)
-        except InputError as e:
+        except (InputError, OSError) as e:
             answer[1] = e
     dist.broadcast_object_list(answer, device=torch.device("cpu"))
     if answer[1]:

@@ -8,19 +8,22 @@ import numpy as np
 import torch
 from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.tracker import TrackerCallback
-from fastai.learner import Learner, save_model
+from fastai.learner import Learner, get_model
 from fastai.torch_core import rank_distrib
 
 from files import complete, write_csv
 from training.distributed import total
 
 
-def save_weights(learn: Learner, name: str) -> Path:
-    """`learn.save` to `models/NAME.pth`, complete or not at all; `learn.load(NAME)` reads it."""
+def save_weights(learn: Learner, name: str, weights: dict | None = None) -> Path:
+    """`learn.save` to `models/NAME.pth`, complete or not at all; `learn.load(NAME)` reads it.
+
+    weights: others than those that the network has now.
+    """
     path = learn.path / learn.model_dir / f"{name}.pth"
     path.parent.mkdir(parents=True, exist_ok=True)
     with complete(path) as beside, beside.open("wb") as file:  # torch, given a path, hides why it cannot write there
-        save_model(file, learn.model, opt=None, with_opt=False)
+        torch.save(weights or get_model(learn.model).state_dict(), file)
     return path
 
 
@@ -54,8 +57,9 @@ class Forecast(Callback):
 
 
 class RunLog(TrackerCallback):
-    """Writes `history.csv` and the best weights after every epoch, and one line an epoch, above fastai's bar if any.
+    """Writes `history.csv` and one line after every epoch, above fastai's bar if any; keeps the best weights.
 
+    They are in `models/best.pth` when `write_best` has been called, and after the fit.
     The training loss and accuracy are means over the epoch's augmented images, those of all processes; they stay on the
     device until it ends.
     Training stops after an epoch whose loss is not finite.
@@ -63,12 +67,19 @@ class RunLog(TrackerCallback):
 
     def __init__(self):
         super().__init__(monitor="accuracy", comp=np.greater)
-        self.history, self.best_epoch = [], None
+        self.history, self.best_epoch, self.best_weights = [], None, None
         self.sums, self.unfinished, self.failure = [], (0.0, []), None
 
     def after_fit(self):
         super().after_fit()
         self.failure = self._failure()
+        self.write_best()
+
+    def write_best(self) -> None:
+        """Write the best weights, if there have been better ones since the last time."""
+        if self.best_weights is not None:
+            save_weights(self.learn, "best", self.best_weights)
+            self.best_weights = None
 
     def _failure(self) -> str | None:
         """Where the training loss was no longer finite."""
@@ -126,7 +137,7 @@ class RunLog(TrackerCallback):
         write_csv(self.path / "history.csv", row, (past.values() for past in self.history))
         if self.new_best:
             self.best_epoch = row["epoch"]
-            save_weights(self.learn, "best")
+            self.best_weights = {name: t.detach().clone() for name, t in get_model(self.model).state_dict().items()}
         say(
             self.learn,
             f"epoch {row['epoch']:>3}/{self.n_epoch}   train loss {row['train_loss']:.4f}, accuracy "

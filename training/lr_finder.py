@@ -21,6 +21,7 @@ from fastai.callback.tracker import TerminateOnNaNCallback
 from fastai.learner import Learner
 from fastai.torch_core import distrib_barrier, get_random_states, rank_distrib, set_random_states
 
+from errors import InputError
 from files import write_csv, write_json
 
 METHODS = ("edge", "valley", "slide", "minimum", "steep")  # all but the first are fastai's
@@ -59,13 +60,21 @@ class RangeTest:
 
     @classmethod
     def load(cls, folder: Path) -> "RangeTest | None":
-        """What `save` wrote there, if it did."""
+        """What `save` wrote there, if it did. Raises InputError where it is damaged."""
+        path = folder / "lr_find.json"
         try:
-            suggestions = json.loads((folder / "lr_find.json").read_text())["suggestions"]
-            rows = csv.DictReader((folder / "lr_find.csv").read_text().splitlines())
+            suggestions = json.loads(path.read_text())["suggestions"]
+            if suggestions.keys() != set(METHODS):
+                raise ValueError
+            path = folder / "lr_find.csv"
+            rows = list(csv.DictReader(path.read_text().splitlines(), strict=True))
+            points = [[float(row[name]) for name in ("lr", "batch_loss", "loss")] for row in rows]
+            if not points and any(suggestions.values()):
+                raise ValueError
         except FileNotFoundError:
             return None
-        points = [[float(row[name]) for name in ("lr", "batch_loss", "loss")] for row in rows]
+        except (ValueError, KeyError, TypeError, AttributeError, csv.Error) as e:
+            raise InputError(f"{path}: damaged; delete it, and the range test is made once more") from e
         return cls(*(map(list, zip(*points, strict=True)) if points else ([], [], [])), suggestions)
 
     def save(self, folder: Path, chosen: float | None) -> None:

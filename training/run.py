@@ -2,15 +2,17 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 from errors import InputError
-from files import write_json
+from files import LOCK, leftovers, to_disk, write_json
 from options import Options
 from recipes import Recipe
 
 SETTINGS = (*Recipe.__annotations__, "recipe", "precision", "norm", "seed", "valid", "valid_pct", "sync_bn", "compile")
 SETTINGS += ("deterministic", "fingerprint")
+CHECKPOINTS = ("checkpoint.pth", "checkpoint-before.pth")
 
 
 def check_out(out: str | None) -> None:
@@ -18,18 +20,22 @@ def check_out(out: str | None) -> None:
     if out is None:
         return
     path = Path(out)
-    if os.path.isdir(path) and any(path.iterdir()):  # of a name that is too long, pathlib's is_dir raises
+    # Of a name that is too long, pathlib's is_dir raises; what a killed process left is nothing.
+    if os.path.isdir(path) and set(path.iterdir()) - {path / LOCK, *leftovers(path)}:
         raise InputError(f"--out {out}: the folder is not empty; name a new or an empty one")
     if os.path.exists(path) and not os.path.isdir(path):
         raise InputError(f"--out {out}: this is a file; name a new or an empty folder")
 
 
 def new_run_folder(recipe: str, out: str | None = None, parent: str = "runs") -> Path:
-    """Make `out`, or the next free `runs/NNN-recipe`. Raises InputError where that cannot be, or `out` holds files."""
-    check_out(out)
+    """Make `out`, or the next free `runs/NNN-recipe`. Raises InputError where that cannot be.
+
+    What is in `out` is looked at again once it is held: another process can have made it in the meantime.
+    """
     try:
         if out is not None:
             Path(out).mkdir(parents=True, exist_ok=True)
+            to_disk(Path(out).parent)
             return Path(out)
         Path(parent).mkdir(exist_ok=True)
         while True:
@@ -37,6 +43,7 @@ def new_run_folder(recipe: str, out: str | None = None, parent: str = "runs") ->
             folder = Path(parent) / f"{max(taken, default=0) + 1:03}-{recipe}"
             try:
                 folder.mkdir()
+                to_disk(folder.parent)
                 return folder
             except FileExistsError:  # another run took the number in the meantime
                 continue
@@ -72,6 +79,17 @@ class Run:
     def config(self) -> dict:
         """What is in `config.json`."""
         return json.loads((self / "config.json").read_text())
+
+    def tidy(self) -> None:
+        """Delete what a killed process has left; only for whoever holds the folder."""
+        for folder in (self.folder, self / "models", self / "examples"):
+            for path in leftovers(folder):
+                path.unlink(missing_ok=True)
+        for path in (self / "models").glob("tmp????????"):  # of fastai's range test
+            shutil.rmtree(path, ignore_errors=True)
+        if self.ended:
+            for name in CHECKPOINTS:
+                (self / name).unlink(missing_ok=True)
 
     def result_if_ended(self) -> dict | None:
         """What is in `result.json` of a run that has ended, None for any other."""

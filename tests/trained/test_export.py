@@ -101,6 +101,12 @@ def test_the_safe_file_holds_the_network_and_what_goes_with_it(learner, safe_fil
     assert load_file(safe_file).keys() == classifier.network.state_dict().keys(), "others can read it"
 
 
+def test_the_same_run_is_the_same_safe_file(learner, tmp_path):
+    for i in range(8):
+        save_safetensors(learner, tmp_path / f"{i}.safetensors", RESULT)
+    assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
+
+
 class Evil:
     def __reduce__(self):
         return os.mkdir, ("evil",)
@@ -385,7 +391,8 @@ def run(trained, tmp_path):
         (folder / name).write_bytes((trained / name).read_bytes())
     (folder / "README.md").write_text("# card\n")
     (folder / "result.json").write_text("{}")
-    (folder / ".lock").write_text("")
+    for name in (".lock", ".loss.7.png", "checkpoint.pth", "notes.txt"):  # whose business it is not
+        (folder / name).write_text("")
     (folder / "tensorboard").mkdir()
     (folder / "tensorboard/events").write_text("many")
     return folder

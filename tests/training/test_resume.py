@@ -17,7 +17,7 @@ from conftest import ROOT, StopAt, main, outcome, same
 from fastai.callback.core import Callback
 
 from errors import InputError, Stopped
-from files import locked
+from files import leftovers, locked
 from model import CustomResNet
 from recipes import RECIPES
 from training.checkpoint import load_checkpoint
@@ -104,7 +104,7 @@ def command(*arguments, limit=resource.RLIM_INFINITY):
 
 
 @pytest.mark.parametrize(
-    ("number", "code", "words"), [(signal.SIGINT, 130, "by Ctrl-C"), (signal.SIGTERM, 143, "by SIGTERM")]
+    ("number", "code", "words"), [(signal.SIGINT, 130, "by Ctrl-C"), (signal.SIGHUP, 129, "by SIGHUP")]
 )
 def test_a_signal_stops_after_the_batch(tmp_path, capsys, number, code, words):
     options = {"--recipe": "demo", "--width": 2, "--epochs": 6, "--device": "cpu", "--workers": 2}
@@ -119,7 +119,7 @@ def test_a_signal_stops_after_the_batch(tmp_path, capsys, number, code, words):
     assert errors.startswith(f"train_fastai.py: stopped {words} in epoch ")
     assert errors.endswith(f"go on with: python train_fastai.py --resume {tmp_path / 'run'}\n")
     assert errors.count("\n") == 1
-    assert not [name for name in names(tmp_path / "run") if name.startswith(".")], "nothing half-written"
+    assert not leftovers(tmp_path / "run"), "nothing half-written"
 
     if number == signal.SIGINT:
         return  # once is enough
@@ -169,7 +169,7 @@ def test_a_full_disk_is_one_line_and_nothing_half_written(tmp_path, capsys, limi
     assert errors.count("\n") == 1, errors
     assert "make room, then go on with: python train_fastai.py --resume" in errors
     assert "File too large" in errors or "a file could not be written" in errors
-    assert not [path for path in (tmp_path / "run").rglob(".*") if path.is_file()], "nothing half-written"
+    assert not leftovers(tmp_path / "run") + leftovers(tmp_path / "run/models"), "nothing half-written"
     main(**{word.strip("-"): value for word, value in zip(options[::2], options[1::2], strict=True)}, resume="auto")
     assert same(outcome(tmp_path / "run"), outcome(tmp_path / "whole"))
 
@@ -195,6 +195,7 @@ def test_a_loss_that_is_not_finite_says_where_and_keeps_what_was_good(tmp_path, 
             if (self.epoch, self.iter, self.training) == (1, 4, True):
                 self.learn.xb = (self.x * float("nan"),)
 
+    monkeypatch.setattr("training.checkpoint.EVERY", 0)
     with pytest.raises(InputError, match=r"the training loss became nan in epoch 2, batch 5, learning rate 0\.0\d+: "):
         main(cbs=Wreck(), **SMALL, recipe="demo", out=str(tmp_path / "run"))
     state = load_checkpoint(tmp_path / "run", CustomResNet(width=2))
@@ -215,8 +216,9 @@ def test_too_little_memory_says_what_to_try(tmp_path, capsys, monkeypatch):
 
 
 @pytest.fixture
-def stopped(tmp_path, capsys):
-    """A run that was stopped in its second epoch."""
+def stopped(tmp_path, capsys, monkeypatch):
+    """A run that was stopped in its second epoch, with a checkpoint behind the first."""
+    monkeypatch.setattr("training.checkpoint.EVERY", 0)
     with pytest.raises(Stopped):
         main(cbs=StopAt(1, 2), **SMALL, recipe="demo", out=str(tmp_path / "run"))
     return tmp_path / "run"

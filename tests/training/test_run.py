@@ -5,7 +5,7 @@ import pytest
 from errors import InputError
 from files import complete, write_csv, write_json
 from recipes import RECIPES, get_recipe
-from training.run import new_run_folder
+from training.run import check_out, new_run_folder
 
 
 def test_a_file_is_complete_or_not_there(tmp_path):
@@ -40,9 +40,11 @@ def test_runs_are_numbered_and_never_shared(tmp_path, monkeypatch):
 def test_out_is_made_or_refused(tmp_path):
     assert new_run_folder("demo", str(tmp_path / "deep/er")).is_dir()
     (tmp_path / "file").write_text("mine")
-    for out, why in ((tmp_path, "not empty"), (tmp_path / "file", "this is a file"), ("/proc/none", "cannot be made")):
+    for out, why in ((tmp_path, "not empty"), (tmp_path / "file", "this is a file")):
         with pytest.raises(InputError, match=why):
-            new_run_folder("demo", str(out))
+            check_out(str(out))
+    with pytest.raises(InputError, match="cannot be made"):
+        new_run_folder("demo", "/proc/none")
 
 
 def test_the_named_recipes():

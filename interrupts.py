@@ -1,0 +1,50 @@
+"""Ctrl-C, SIGTERM and SIGHUP end a command with one line, and with the exit code that a shell expects."""
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM", signal.SIGHUP: "SIGHUP"}
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal has asked this process to end; `code` is that for the shell. Ends what Ctrl-C would end."""
+
+    def __init__(self, number: int):
+        super().__init__(f"stopped by {NAMES[number]}")
+        self.code = 128 + number
+
+
+def handle_stops(handler: Callable) -> dict:
+    """Have `handler(number, frame)` called at those of the signals that are not ignored; returns who was before."""
+    known = [number for number in NAMES if signal.getsignal(number) != signal.SIG_IGN]  # as `nohup` has it
+    return {number: signal.signal(number, handler) for number in known}
+
+
+def end_at_once() -> None:
+    """From now on a signal is one line and the end: for as long as imports last, which leave nothing to clean up."""
+    handle_stops(_end)
+
+
+def _end(number: int, frame) -> None:
+    os.write(2, f"{os.path.basename(sys.argv[0])}: error: stopped by {NAMES[number]}\n".encode())
+    os._exit(128 + number)  # an exception could be caught by whatever is being imported
+
+
+@contextmanager
+def stops_raised() -> Iterator[None]:
+    """Within this a signal is an `Interrupted` in the main thread."""
+    owner = os.getpid()
+
+    def interrupt(number, frame):
+        if os.getpid() == owner:  # and not a process that has just been forked
+            raise Interrupted(number)
+
+    before = handle_stops(interrupt)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

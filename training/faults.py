@@ -1,0 +1,80 @@
+"""What ends a training early from outside: faults of the machine and signals, in one line that says how to go on."""
+
+import errno
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from fastai.torch_core import num_distrib
+
+from errors import InputError, Stopped
+from interrupts import Interrupted, handle_stops
+from options import Options
+
+REMEDIES = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room, then ")
+REMEDIES |= dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "see to it that it can be written, then ")
+
+# What torch says of a file that it cannot make or write, where fastai leaves the writing to it
+TORCH_FILES = ("inline_container", "iostream error", "cannot be opened", "Parent directory")
+
+
+def how_to_go_on(run: Path, **options) -> str:
+    """The command that goes on with `run`, where there is something to go on with."""
+    if not os.path.exists(run / "config.json"):  # unlike pathlib's, this raises nothing
+        return "start again"
+    return "go on with: " + Options(resume=str(run)).command(max(1, num_distrib()), **options)
+
+
+@contextmanager
+def faults_explained(run: Path, bs: int) -> Iterator[None]:
+    """What the machine lacks, or a signal outside the fit, becomes one line, and how to go on."""
+    try:
+        yield
+    except Interrupted as e:
+        raise Stopped(f"{e}; {how_to_go_on(run)}", e.code) from e
+    except torch.OutOfMemoryError as e:
+        raise InputError(f"the device has too little memory for batches of {bs}; try --bs {max(2, bs // 2)}") from e
+    except OSError as e:
+        if e.errno is None:  # of a library that cannot read what it was given: a bug
+            raise
+        remedy = REMEDIES.get(e.errno, "")
+        raise InputError(f"{e.filename or run}: {e.strerror}; {remedy}{how_to_go_on(run)}") from e
+    except RuntimeError as e:
+        if num_distrib() > 1 and (isinstance(e, torch.distributed.DistError) or "gloo" in str(e)):
+            gone = "another process of this training is gone, its own error is above"
+            raise InputError(f"{gone}; {how_to_go_on(run)}") from e
+        if any(words in str(e) for words in TORCH_FILES):
+            what = "a file could not be written, maybe the disk is full; make room"
+            raise InputError(f"{run}: {what}, then {how_to_go_on(run)}") from e
+        why = next((line.strip(" .") for line in str(e).splitlines() if "DataLoader worker" in line), None)
+        if why is None:
+            raise
+        raise InputError(f"{why}, perhaps for want of memory; {how_to_go_on(run, workers=0)}") from e
+
+
+@contextmanager
+def stops_heard(ask: Callable[[int], None]) -> Iterator[None]:
+    """Call `ask` with 130 at Ctrl-C, 143 at SIGTERM, 129 at SIGHUP; a second Ctrl-C is an `Interrupted`."""
+    if threading.current_thread() is not threading.main_thread():  # only there Python delivers signals
+        yield
+        return
+    heard, owner = [], os.getpid()
+
+    def handle(number, frame):
+        if os.getpid() != owner:  # a process that has just been forked
+            return
+        if heard and number == signal.SIGINT:
+            raise Interrupted(number)
+        heard.append(number)
+        ask(128 + number)
+
+    before = handle_stops(handle)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
