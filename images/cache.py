@@ -1,5 +1,6 @@
 """Decoded images on disk: a source is decoded once and read memory-mapped from then on."""
 
+import errno
 import hashlib
 import json
 import os
@@ -86,14 +87,16 @@ def _save(entry: Path, table: ImageTable) -> None:
         about |= {"digest": table.fingerprint(), "stats": table.train_stats(), "notes": table.notes}
         (beside / "about.json").write_text(json.dumps(about))
         (beside / SUM).write_text(_digest(beside))
-        shutil.rmtree(entry, ignore_errors=True)  # a damaged one
         beside.rename(entry)
+    except OSError as e:
+        if e.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # another process was faster, with the same
+            raise
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 
 
 def _load(entry: Path) -> ImageTable | None:
-    """None where it is not there, or damaged."""
+    """None where it is not there, or damaged: that is said, and it goes."""
     if not os.path.exists(entry):
         return None
     try:
@@ -104,6 +107,7 @@ def _load(entry: Path) -> ImageTable | None:
         images, labels, is_train = (np.asarray(np.load(entry / f"{name}.npy", mmap_mode="r")) for name in ARRAYS)
     except (OSError, ValueError) as e:
         print(printable(f"{entry}: the decoded images are damaged ({e}); decoding anew"), file=sys.stderr)
+        shutil.rmtree(entry, ignore_errors=True)
         return None
     rows, classes, notes = np.arange(len(images)), tuple(about["classes"]), tuple(about["notes"])
     stats = tuple(map(tuple, about["stats"]))

@@ -127,6 +127,26 @@ def test_a_changed_entry_is_told_and_made_anew(image_folder, cache, decodings, c
     assert capsys.readouterr().err.endswith("damaged (its SHA-256 has changed); decoding anew\n")
 
 
+def test_of_two_processes_the_faster_one_keeps_what_it_decoded(image_folder, cache, monkeypatch, capsys):
+    root, save = image_folder(), np.save
+
+    def meanwhile(path, array):
+        save(path, array)
+        if path.name == "labels.npy" and not kept:
+            with monkeypatch.context() as patch:
+                patch.setattr(np, "save", save)
+                patch.setattr(os, "getpid", lambda: 1)
+                kept.append(load_images(root))
+
+    kept = []
+    monkeypatch.setattr(np, "save", meanwhile)
+    table = load_images(root)
+    assert len(kept) == 1
+    assert same(table, kept[0])
+    assert capsys.readouterr().err == ""
+    assert [entry.name[0] for entry in cache.iterdir()] == ["i"]
+
+
 class Evil:
     def __reduce__(self):
         return os.mkdir, ("evil",)
