@@ -28,8 +28,7 @@ class WeightAverage(Callback):
     def before_fit(self):
         self.run = not hasattr(self, "lr_finder")
         if self.run:
-            update = get_ema_multi_avg_fn(self.decay**EVERY)
-            self.average = AveragedModel(get_model(self.model), multi_avg_fn=update, use_buffers=True)
+            self.average = AveragedModel(get_model(self.model), multi_avg_fn=self._update, use_buffers=True)
             self.swapped = False
 
     def before_train(self):
@@ -51,6 +50,12 @@ class WeightAverage(Callback):
     def after_fit(self):
         self._exchange(True)
         self.average, self.trained = None, False
+
+    def _update(self, average, weights, updates):
+        # Less is kept at first, as the weights that a training starts from are not worth keeping.
+        n = int(self.average.n_averaged)  # on the CPU, where to read it waits for nothing
+        decay = min(self.decay**EVERY, (1 + n) / (10 + n))
+        get_ema_multi_avg_fn(decay)(average, weights, updates)
 
     def _exchange(self, swapped: bool) -> None:
         """Give the network the average, or its own weights again; nothing is copied, and nothing rounded."""

@@ -43,7 +43,7 @@ def averaged(tmp_path_factory):
     kept = seen.steps[EVERY - 1 :: EVERY]
     average, at_end = kept[0], {}
     for i, weights in enumerate(kept):
-        average = torch.lerp(weights, average, DECAY**EVERY)
+        average = torch.lerp(weights, average, min(DECAY**EVERY, (1 + i) / (10 + i)))
         at_end[(i + 1) * EVERY // STEPS] = average
         at_end[((i + 1) * EVERY - 1) // STEPS] = average
     return learn, seen, at_end
