@@ -65,7 +65,7 @@ def url(space):
 
 
 def test_a_space_has_what_it_needs(space):
-    names = {"app.py", "errors.py", "files.py", "model.py", "names.py", "images", "trained"}
+    names = {"app.py", "errors.py", "files.py", "interrupts.py", "model.py", "names.py", "images", "trained"}
     others = {"README.md", "requirements.txt", "model.safetensors", "examples"}
     assert {path.name for path in space.iterdir() if path.name != "__pycache__"} == names | others
     assert [path.name for path in sorted((space / "examples").iterdir())] == [f"{i:02}.png" for i in range(10)]
