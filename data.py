@@ -2,6 +2,7 @@
 
 import io
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import fastai.vision.data  # noqa: F401  tells show_batch how to draw images
@@ -9,9 +10,10 @@ import numpy as np
 import torch
 from fastai.data.block import CategoryBlock, DataBlock, TransformBlock
 from fastai.data.core import DataLoaders
-from fastai.data.transforms import AttrGetter, IntToFloatTensor, Normalize, ToTensor
+from fastai.data.transforms import IntToFloatTensor, Normalize, ToTensor, parent_label
 from fastai.torch_core import default_device
 from fastai.vision.core import PILImage
+from fasttransform import ItemTransform
 from PIL import Image
 
 from aug import KeyedAugment, train_transforms
@@ -23,6 +25,23 @@ from loader import Augment, KeyedDL
 from recipes import FLIPS
 
 VALID = ("test", "holdout")
+
+
+def picture(o: list | tuple):
+    """A row of the table, or a pair of an image and its class → the image."""
+    return o[0]
+
+
+def label(o: list | tuple | str | Path):
+    """A row of the table, or such a pair → the class; of a file by itself, the folder that it is in."""
+    return parent_label(o) if isinstance(o, str | Path) else o[1]
+
+
+def whole(function: Callable) -> ItemTransform:
+    """`function` as a transform that gets a pair as it is; fastai would hand it the one and then the other."""
+    transform = ItemTransform(function)
+    transform._retain = False
+    return transform
 
 
 def rgb_image(o: str | Path | bytes | np.ndarray | Image.Image) -> PILImage:
@@ -84,8 +103,8 @@ def get_dls(
             TransformBlock(type_tfms=rgb_image, item_tfms=ToTensor, batch_tfms=IntToFloatTensor),
             CategoryBlock(vocab=list(table.classes), sort=False),
         ),
-        get_x=AttrGetter("image"),
-        get_y=AttrGetter("label"),
+        get_x=whole(picture),
+        get_y=whole(label),
         splitter=lambda _: (train, held_out),
         item_tfms=Augment(KeyedAugment(train_transforms(**augmentation), seed, alternating)),
         batch_tfms=Normalize.from_stats(mean, std, cuda=False),

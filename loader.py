@@ -27,6 +27,7 @@ from errors import InputError
 from images.decoding import SIZE
 from images.table import ImageTable
 
+APART = 2**32  # no training has so many epochs
 AHEAD = 2  # batches that a worker process has ready or under way
 COPIES = []  # of other processes' workers, which a fork has made: torch would stop them with the copy
 warnings.filterwarnings("ignore", "This DataLoader will create")  # more processes than cores, if they are asked for
@@ -109,8 +110,11 @@ class KeyedDL(TfmdDL):
 
     def __init__(self, dataset, *args, seed: int | None = None, **kwargs):
         self.seed, self.epoch, self._workers, self._begun = seed, -1, None, None
+        self.looks = 0
         self.first, self.share = (-1, 0), (0, 1)  # (epoch, batch) to begin at; (which, of how many) of every batch
         super().__init__(dataset, *args, **kwargs)
+        if seed is None:  # `tta` makes a new loader for each of its draws
+            self.epoch = self.rng.getrandbits(32)
 
     def begin_at(self, epoch: int, batch: int):
         """Iterate over `epoch` next, and leave out what comes before `batch`."""
@@ -134,9 +138,23 @@ class KeyedDL(TfmdDL):
     def new(self, dataset=None, cls=None, **kwargs):
         if dataset is None:
             kwargs = {"seed": self.seed, **kwargs}
-        else:  # neither augmented nor, in a file, in need of what augments
+        elif not len(dataset):  # that of an export, where no file is to need what augments
             kwargs = {"after_item": [t for t in self.after_item.fs if not isinstance(t, Augment)], **kwargs}
         return super().new(dataset, cls, **kwargs)
+
+    def one_batch(self):
+        """A batch to look at, of an epoch apart: what is trained on does not depend on how often somebody looks."""
+        epoch, self.epoch, self.looks = self.epoch, APART + self.looks, self.looks + 1
+        try:
+            return super().one_batch()
+        finally:
+            self.epoch = epoch
+
+    def do_item(self, s):
+        for t in self.after_item.fs:
+            if isinstance(t, Augment):  # items from elsewhere; only `tta` augments them
+                t.key = self.epoch, s or 0, s or 0
+        return super().do_item(s)
 
     def before_iter(self):
         super().before_iter()

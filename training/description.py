@@ -29,7 +29,7 @@ def describe(learn: Learner, options: Options) -> dict:
         **asdict(settings),
         "lr": options.lr if options.lr == "auto" else settings.lr,
         "schedule": str(settings.schedule),
-        "precision": learn.mixed_precision.precision,
+        "precision": learn.autocast.precision,
         **{name: getattr(options, name) for name in CHOSEN},
         "source": table.name,
         "fingerprint": table.fingerprint(),

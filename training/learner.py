@@ -25,7 +25,8 @@ from trained.learner_file import carry_our_code
 from training.averaging import WeightAverage
 from training.callbacks import LazyCutMix, LazyProgress, LazyRecorder
 from training.distributed import in_turns
-from training.optimizer import SGD, norm_biases_apart, norms
+from training.events import StepLearner
+from training.optimizer import SGD, body_and_head, norm_biases_apart, norms
 from training.precision import MixedPrecision, choose_precision
 from training.whitening import Whitening, whitening_matrix
 
@@ -57,7 +58,7 @@ def get_learner(
         "cbs": [*cbs, *recipe_callbacks(recipe, dls, model), *L(kwargs.pop("cbs", None))],
         "default_cbs": False,
     }
-    return Learner(dls, model, **{**settings, **optimizer(recipe, model), **kwargs})
+    return StepLearner(dls, model, **{**settings, **optimizer(recipe, model), **kwargs})
 
 
 def recipe_callbacks(recipe: Recipe, dls: DataLoaders, model: CustomResNet) -> list[Callback]:
@@ -78,10 +79,10 @@ def optimizer(recipe: Recipe, model: CustomResNet) -> dict:
     fused = next(model.parameters()).device.type == "cuda"
     opt_func = partial(SGD, momentum=recipe.momentum, nesterov=recipe.nesterov, fused=fused)
     if recipe.norm_bias_lr == 1:
-        return {"opt_func": opt_func}
+        return {"opt_func": opt_func, "splitter": body_and_head}
     for norm in norms(model):
         norm.weight.requires_grad_(False)  # the convolution behind can scale, too, and the biases can be fast
-    return {"opt_func": partial(opt_func, lr_scales=(recipe.norm_bias_lr, 1.0)), "splitter": norm_biases_apart}
+    return {"opt_func": partial(opt_func, lr_scales=(recipe.norm_bias_lr, 1.0, 1.0)), "splitter": norm_biases_apart}
 
 
 def new_learner(options: Options, device: torch.device) -> Learner:

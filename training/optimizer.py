@@ -4,6 +4,7 @@ from collections.abc import Iterator, MutableMapping
 
 import torch
 from fastai.optimizer import OptimWrapper
+from fastai.torch_core import params
 from torch import nn
 
 NAMES = {"lr": "lr", "mom": "momentum", "wd": "weight_decay"}  # fastai's, torch's
@@ -50,11 +51,11 @@ class SGD(OptimWrapper):
         lr: float,
         momentum: float,
         nesterov: bool,
-        lr_scales: tuple[float, ...] = (1.0,),
+        lr_scales: tuple[float, ...] = (),
         fused: bool = False,
     ):
         super().__init__(params, torch.optim.SGD, lr=lr, momentum=momentum, nesterov=nesterov, fused=fused or None)
-        for group, scale in zip(self.opt.param_groups, lr_scales, strict=True):
+        for group, scale in zip(self.opt.param_groups, lr_scales, strict=bool(lr_scales)):
             group["lr_scale"] = scale
 
     @property
@@ -71,8 +72,13 @@ def norms(model: nn.Module) -> list[nn.Module]:
     return [m for m in model.modules() if isinstance(m, nn.BatchNorm2d | nn.GroupNorm)]
 
 
+def body_and_head(model: nn.Module) -> list[list[nn.Parameter]]:
+    """fastai's splitter for `freeze` and for rates that differ: all that comes before the classifier, and that."""
+    return [params(model.body), params(model.head)]
+
+
 def norm_biases_apart(model: nn.Module) -> list[list[nn.Parameter]]:
-    """fastai's splitter for two groups of trainable parameters: the biases of norms, and the others."""
+    """`body_and_head`, with the biases of norms as a group before them, and the scales of norms in none."""
     biases = [norm.bias for norm in norms(model)]
-    apart = set(map(id, biases))
-    return [biases, [p for p in model.parameters() if p.requires_grad and id(p) not in apart]]
+    apart = {id(p) for norm in norms(model) for p in (norm.bias, norm.weight)}
+    return [biases, *([p for p in group if id(p) not in apart] for group in body_and_head(model))]

@@ -58,6 +58,7 @@ class MixedPrecision(fp16.MixedPrecision):
     """
 
     order = fp16.MixedPrecision.order - 1  # meets fastai's before that begins
+    name = "autocast"  # where a learner has `mixed_precision`, fastai's TensorBoardCallback refuses to draw the network
 
     def __init__(self, precision: str):
         self.precision, self.kwargs, self.contexts, self.fused = precision, {}, ExitStack(), None
@@ -72,7 +73,7 @@ class MixedPrecision(fp16.MixedPrecision):
             self.kwargs |= other.kwargs
             other.run = False  # also of this event, which is on its way to it
             self.learn.remove_cb(other)
-            self.learn.mixed_precision = self
+            self.learn.autocast = self
             if wanted != self.precision:
                 why = obstacle(wanted, device)
                 warnings.warn(f"{why}: still in {self.precision}" if why else f"now in {wanted}, not {self.precision}",

@@ -51,7 +51,8 @@ class Whitening(Callback):
 
     def before_step(self):
         grad = self.conv.weight.grad
-        grad.copy_(self._times(grad, self.metric))
+        if grad is not None:  # it is not frozen
+            grad.copy_(self._times(grad, self.metric))
 
     @staticmethod
     def _times(weight: Tensor, matrix: Tensor) -> Tensor:

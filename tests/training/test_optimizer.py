@@ -40,7 +40,7 @@ def test_norm_biases_have_their_rate_and_scales_stay_at_one(tmp_path):
     learn.opt = None
     with learn.no_bar(), learn.no_logging():
         learn.fit(0, 0.01)
-    assert [h["lr"] for h in learn.opt.hypers] == [0.01, 0.01], "one number is for all"
+    assert [h["lr"] for h in learn.opt.hypers] == [0.01] * 3, "one number is for all"
     x, y = learn.dls.train.one_batch()
     learn.model.train()
     learn.loss_func(learn.model(x), y).backward()
@@ -60,4 +60,4 @@ def test_their_weight_decay_is_divided(tmp_path):
     learn = small(tmp_path, norm_bias_lr=8.0, wd=0.8)
     with learn.no_bar(), learn.no_logging():
         learn.fit(0, 0.01)
-    assert [g["weight_decay"] for g in learn.opt.opt.param_groups] == pytest.approx([0.1, 0.8])
+    assert [g["weight_decay"] for g in learn.opt.opt.param_groups] == pytest.approx([0.1, 0.8, 0.8])

@@ -187,7 +187,7 @@ def test_fastais_own_ways_to_say_it_leave_one_that_counts(bf16, small, recwarn, 
     assert types.dtypes == {expected}
     callbacks = [cb for cb in learn.cbs if isinstance(cb, fp16.MixedPrecision)]
     assert len(callbacks) <= 1
-    assert not callbacks or callbacks == [learn.mixed_precision]
+    assert not callbacks or callbacks == [learn.autocast]
     said = [str(w.message) for w in recwarn if w.category is UserWarning]
     assert len(said) == bool(warning)
     assert not warning or re.search(warning, said[0])

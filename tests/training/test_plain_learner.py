@@ -1,0 +1,471 @@
+"""What fastai's users do, the same lines with a stock learner and with ours; what they see has to be the same."""
+
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+from fastai.callback.core import Callback, CancelBatchException, CancelTrainException
+from fastai.callback.mixup import CutMix, MixUp
+from fastai.callback.progress import CSVLogger
+from fastai.callback.schedule import SuggestionMethod
+from fastai.callback.tensorboard import TensorBoardCallback
+from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau, SaveModelCallback
+from fastai.callback.training import GradientAccumulation, GradientClip
+from fastai.data.block import CategoryBlock, DataBlock
+from fastai.data.transforms import GrandparentSplitter, ItemGetter, Normalize, get_image_files, parent_label
+from fastai.interpret import ClassificationInterpretation, Interpretation
+from fastai.learner import Learner, load_learner
+from fastai.losses import CrossEntropyLossFlat
+from fastai.metrics import accuracy, error_rate
+from fastai.torch_core import set_seed
+from fastai.vision.augment import Flip
+from fastai.vision.core import PILImage
+from fastai.vision.data import ImageBlock
+from fasttransform import Transform
+from matplotlib import pyplot as plt
+from PIL import Image
+
+from data import get_dls
+from images.sources import load_images
+from model import CustomResNet
+from recipes import get_recipe
+from train_fastai import get_learner
+from training.events import StepLearner
+from training.optimizer import body_and_head
+
+CLASSES, BATCHES = 10, 3  # of 16 images each
+plt.switch_backend("agg")
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """train/<class>/ and test/<class>/ with five and two digits of each class as PNG files."""
+    root, table = tmp_path_factory.mktemp("digits"), load_images("digits")
+    for split, is_train, n in (("train", True, 5), ("test", False, 2)):
+        for label in range(CLASSES):
+            folder = root / split / str(label)
+            folder.mkdir(parents=True)
+            for row in np.flatnonzero((table.is_train == is_train) & (table.labels == label))[:n]:
+                Image.fromarray(table.images[row]).save(folder / f"{row}.png")
+    return root
+
+
+def stock_loaders(root, **getters):
+    block = DataBlock(
+        blocks=(ImageBlock, CategoryBlock),
+        splitter=GrandparentSplitter(valid_name="test"),
+        batch_tfms=[Flip(), Normalize.from_stats([0.5] * 3, [0.3] * 3, cuda=False)],
+        **{"get_items": get_image_files, "get_y": parent_label, **getters},
+    )
+    return block.dataloaders(root, bs=16, device="cpu", num_workers=0)
+
+
+def stock(root, path):
+    """fastai's own learner, with our network."""
+    set_seed(0)
+    return Learner(
+        stock_loaders(root), CustomResNet(CLASSES, 2), CrossEntropyLossFlat(), metrics=accuracy, path=path, lr=0.01,
+        splitter=body_and_head,
+    )  # fmt: skip
+
+
+def ours(root, path, precision="fp32"):
+    set_seed(0)
+    return get_learner(get_dls(root, bs=16, device="cpu"), get_recipe("fast", width=2), precision=precision, path=path)
+
+
+@contextmanager
+def quiet(learn):
+    with learn.no_bar(), learn.no_logging():
+        yield
+    plt.close("all")
+
+
+def kinds(values):
+    """What a user sees of tensors and the like."""
+    return [(type(v).__name__, tuple(v.shape)) if hasattr(v, "shape") else type(v).__name__ for v in values]
+
+
+def titles():
+    return [ax.get_title() for ax in plt.gcf().axes if ax.images]
+
+
+# The lines. What a function returns has to be the same for both learners; it asserts what has to be true of each.
+
+
+def show_batch_of_one_image(learn, root):
+    for dl in learn.dls.loaders:
+        dl.show_batch(unique=True)
+        assert len(titles()) == 9
+        assert len(set(titles())) == 1
+    learn.fit(1)
+    assert len(learn.dls.train.one_batch()[1].unique()) > 1, "no longer one image alone"
+
+
+def tta(learn, root):
+    preds, targets = learn.get_preds()
+    averaged, same = learn.tta(n=2)
+    (augmented, plain), _ = learn.tta(n=1, beta=None)
+    assert torch.equal(targets, same)
+    assert torch.allclose(plain, preds, atol=1e-5)
+    assert (averaged - preds).abs().max() > 1e-7
+    return kinds([averaged, augmented, learn.tta(n=1, use_max=True)[0]])
+
+
+def tta_of_other_images(learn, root):
+    dl = learn.dls.test_dl(get_image_files(root / "test"))
+    draws = [learn.tta(dl=dl, n=1, beta=None)[0][0] for _ in range(4)]
+    assert any(not torch.equal(draws[0], draw) for draw in draws[1:]), "another draw each time"
+    assert (draws[0] - learn.get_preds(dl=dl)[0]).abs().max() > 1e-7
+    return kinds(draws)
+
+
+def test_dl(learn, root):
+    files = get_image_files(root / "test")
+    preds = [
+        learn.get_preds(dl=learn.dls.test_dl(o, bs=7))
+        for o in (files, files.map(str), [np.array(Image.open(files[0]))])
+    ]
+    assert torch.equal(preds[0][0], preds[1][0])
+    return [kinds(p) for p in preds]
+
+
+def test_dl_with_labels(learn, root):
+    files = get_image_files(root / "test")
+    dl = learn.dls.test_dl(files, with_labels=True)
+    preds, targets = learn.get_preds(dl=dl)
+    assert targets.tolist() == [int(file.parent.name) for file in files]
+    assert list(learn.validate(dl=dl)) == pytest.approx(list(learn.validate()), abs=1e-5)
+    return kinds([preds, targets]), ClassificationInterpretation.from_learner(learn, dl=dl).confusion_matrix().sum()
+
+
+def test_dl_of_pairs(learn, root):
+    pairs = [(file, file.parent.name) for file in get_image_files(root / "test")]
+    if type(learn) is Learner:  # a stock DataBlock takes files or pairs
+        everything = [(file, file.parent.name) for file in get_image_files(root)]
+        splits = [
+            [i for i, (file, _) in enumerate(everything) if (split in str(file))] for split in ("/train/", "/test/")
+        ]
+        getters = {"get_x": ItemGetter(0), "get_y": ItemGetter(1), "get_items": None, "splitter": lambda _: splits}
+        block = DataBlock(blocks=(ImageBlock, CategoryBlock), **getters)
+        learn.dls = block.dataloaders(everything, bs=16, device="cpu", num_workers=0)
+    preds, targets = learn.get_preds(dl=learn.dls.test_dl(pairs, with_labels=True))
+    assert targets.tolist() == [int(label) for _, label in pairs]
+    return kinds([preds, targets]), kinds(learn.get_preds(dl=learn.dls.test_dl(pairs)))
+
+
+def an_item_transform_more(learn, root):
+    seen = []
+
+    class Spy(Transform):
+        def encodes(self, image: PILImage):
+            seen.append(image.size)
+            return image
+
+    learn.dls.train.after_item.add(Spy())
+    learn.fit(1)
+    assert len(seen) >= 16 * BATCHES
+    return set(seen)
+
+
+def a_batch_transform_more(learn, root):
+    seen = []
+
+    class Spy(Transform):
+        def encodes(self, x: torch.Tensor):
+            seen.append(tuple(x.shape))
+            return x
+
+    learn.dls.add_tfms([Spy()], "after_batch", "train")
+    learn.fit(1)
+    assert (16, 3, 32, 32) in seen
+
+
+def reduce_lr_on_plateau(learn, root):
+    learn.fit(3, 0.01, cbs=ReduceLROnPlateau(min_delta=1e6, factor=4, min_lr=0.002))
+    return [round(float(lr), 6) for lr in learn.recorder.lrs], round(float(learn.opt.hypers[-1]["lr"]), 6)
+
+
+def tensorboard(learn, root):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    learn.fit(1, cbs=TensorBoardCallback(log_dir=learn.path / "log"))
+    events = EventAccumulator(str(learn.path / "log")).Reload()
+    tags = events.Tags()
+    scalars = {name for name in tags["scalars"] if name not in ("eps_0", "eps_1", "eps_2", "lr_2", "mom_2", "wd_2")}
+    scalars = {name for name in scalars if not name.startswith("sqr_mom")}  # Adam's
+    assert events.Scalars("lr_0")[-1].value > 0
+    return scalars, tags["images"], tags["graph"]
+
+
+def wandb(learn, root):
+    wandb = pytest.importorskip("wandb")
+    from fastai.callback import wandb as module
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "init_args", lambda o: {})  # fastcore's new one takes no numbers, whatever the learner
+        run = wandb.init(project="p", dir=learn.path, mode="offline", settings=wandb.Settings(silent=True))
+        learn.fit(1, cbs=module.WandbCallback(n_preds=4))
+        logged = {name for name in run.summary.keys() if not name.startswith("_")}  # noqa: SIM118
+        wandb.finish()
+    return {name for name in logged if name[-2:] != "_2" and not name.startswith(("sqr_mom", "eps"))}
+
+
+def freeze(learn, root):
+    def changed():
+        before = {name: p.detach().clone() for name, p in learn.model.named_parameters()}
+        learn.fit(2, 0.1)
+        return {name for name, p in learn.model.named_parameters() if not torch.equal(p, before[name])}
+
+    convolutions = {name for name, p in learn.model.named_parameters() if p.ndim == 4}
+    learn.freeze()
+    assert "head.weight" in (trained := changed())
+    assert not trained & convolutions
+    learn.unfreeze()
+    assert changed() >= convolutions
+
+
+def fine_tune(learn, root):
+    learn.fine_tune(1, 0.01)
+    assert learn.model.body[0].weight.requires_grad
+    return len(learn.recorder.lrs), round(float(learn.recorder.lrs[0]), 6), learn.opt.frozen_idx
+
+
+def rates_that_differ(learn, root):
+    learn.fit_one_cycle(1, slice(1e-4, 1e-2), pct_start=0.01)
+    rates = [float(hypers["lr"]) for hypers in learn.opt.hypers]
+    assert rates[-1] == pytest.approx(100 * rates[0])
+    return rates[-1]
+
+
+def schedules(learn, root):
+    learn.fit_sgdr(2, 1, lr_max=0.1)
+    rates = list(map(float, learn.recorder.lrs))
+    learn.fit_flat_cos(2, 0.1)
+    rates += map(float, learn.recorder.lrs)
+    learn.fit_one_cycle(2, 0.1)
+    learn.recorder.plot_sched()
+    return [round(rate, 5) for rate in (*rates, *map(float, learn.recorder.lrs))], list(learn.recorder.hps)
+
+
+def lr_find(learn, root):
+    weights = {name: v.clone() for name, v in learn.model.state_dict().items()}
+    found = learn.lr_find(num_it=20, suggest_funcs=tuple(getattr(SuggestionMethod, n) for n in ("Minimum", "Steep")))
+    assert all(torch.equal(v, weights[name]) for name, v in learn.model.state_dict().items())
+    return found._fields
+
+
+def callbacks_come_and_go(learn, root):
+    calls = []
+
+    class Count(Callback):
+        def after_batch(self):
+            calls.append(self.training)
+
+    count = Count()
+    assert learn.add_cb(count) is learn
+    assert learn.count is count
+    learn.fit(1)
+    learn.remove_cb(Count)
+    learn.fit(1, cbs=Callback(before_batch=lambda self: calls.append("batch")))
+    return calls
+
+
+def gradient_accumulation(learn, root):
+    events = []
+    spy = Callback(
+        before_step=lambda self: events.append("asked"),
+        after_step=lambda self: events.append("step"),
+        after_cancel_step=lambda self: events.append("cancelled"),
+    )
+    learn.fit(2, cbs=[GradientAccumulation(32), GradientClip(1.0), spy])
+    return events
+
+
+def cancelled(learn, root):
+    class Cancel(Callback):
+        def before_batch(self):
+            if self.training and self.iter == 1:
+                raise (CancelBatchException if self.epoch == 0 else CancelTrainException)
+
+    learn.fit(2, cbs=Cancel())
+    return len(learn.recorder.lrs), len(learn.recorder.values)
+
+
+def mixes(learn, root):
+    losses = []
+    for cb in (MixUp(), CutMix()):
+        learn.fit(1, cbs=[cb, Callback(after_loss=lambda self: losses.append(tuple(self.loss.shape)))])
+    assert isinstance(learn.loss_func, CrossEntropyLossFlat), "it is back after the fit"
+    return losses
+
+
+def save_model(learn, root):
+    learn.fit(2, cbs=SaveModelCallback(monitor="accuracy", fname="best", with_opt=True))
+    best = max(values[2] for values in learn.recorder.values)
+    assert learn.validate()[1] == pytest.approx(best)
+    learn.fit(2, cbs=SaveModelCallback(every_epoch=True, fname="each"))
+    learn.load("best")
+    assert learn.validate()[1] == pytest.approx(best)
+    return sorted(path.name for path in (learn.path / "models").iterdir())
+
+
+def early_stopping(learn, root):
+    learn.fit(9, cbs=EarlyStoppingCallback(min_delta=1e6, patience=2))
+    return len(learn.recorder.values)
+
+
+def csv_logger(learn, root):
+    log = CSVLogger()
+    learn.logger = print  # what it stands in for
+    learn.add_cb(log)
+    learn.fit(2)
+    table = log.read_log()
+    return list(table.columns), len(table)
+
+
+def interpretation(learn, root):
+    found = ClassificationInterpretation.from_learner(learn)
+    found.plot_confusion_matrix()
+    found.plot_top_losses(4)
+    losses, items = found.top_losses(3)
+    found.show_results([0, 1])
+    return (
+        found.confusion_matrix().sum(),
+        kinds([losses, items]),
+        kinds(Interpretation.from_learner(learn).top_losses()),
+    )
+
+
+def predictions(learn, root):
+    everything = learn.get_preds(with_input=True, with_decoded=True, with_loss=True)
+    of_training = learn.get_preds(dl=learn.dls.train)
+    smaller = learn.get_preds(dl=learn.dls.valid.new(bs=7))
+    assert torch.allclose(smaller[0], everything[1], atol=1e-5)
+    assert torch.equal(smaller[1], everything[2])
+    learn.show_results(max_n=4)
+    shown = len(titles())
+    file = get_image_files(root / "test")[0]
+    return kinds(everything), kinds(of_training), shown, kinds(learn.predict(file, with_input=True))
+
+
+def loaders_like_these(learn, root):
+    dls = learn.dls
+    plain, mixed = dls.train.new(shuffle=False, bs=8), dls.valid.new(shuffle=True)
+    assert mixed.one_batch()[1].tolist() != dls.valid.one_batch()[1].tolist()
+    assert plain.one_batch()[1].tolist() == plain.one_batch()[1].tolist()
+    same = (dls.c, dls.bs, dls.n_inp, list(dls.vocab), len(dls.train), len(dls.valid), str(dls.device))
+    return kinds(plain.one_batch()), len(plain), len(mixed), len(dls.new_empty().train), same
+
+
+def export(learn, root):
+    learn.fit(1)
+    learn.export()
+    loaded, file = load_learner(learn.path / "export.pkl"), get_image_files(root / "test")[0]
+    there, here = loaded.predict(file), learn.predict(file)
+    assert there[0] == here[0]
+    assert torch.allclose(there[2], here[2], atol=1e-5)
+    dl = loaded.dls.test_dl(get_image_files(root / "test"), with_labels=True)
+    assert loaded.validate(dl=dl)[1] == pytest.approx(learn.validate()[1])
+    learn.fit(1)
+    return loaded.dls.vocab == learn.dls.vocab, kinds(there), len(learn.recorder.lrs)
+
+
+def metrics(learn, root):
+    learn.metrics = [accuracy, error_rate]
+    learn.recorder.train_metrics = True
+    learn.fit(1)
+    learn.recorder.plot_loss()
+    return list(learn.recorder.metric_names), len(learn.validate())
+
+
+LINES = [
+    show_batch_of_one_image, tta, tta_of_other_images, test_dl, test_dl_with_labels, test_dl_of_pairs,
+    an_item_transform_more, a_batch_transform_more, reduce_lr_on_plateau, tensorboard, wandb, freeze, fine_tune,
+    rates_that_differ, schedules, lr_find, callbacks_come_and_go, gradient_accumulation, cancelled, mixes, save_model,
+    early_stopping, csv_logger, interpretation, predictions, loaders_like_these, export, metrics,
+]  # fmt: skip
+for lines in LINES:
+    lines.__test__ = False
+
+
+@pytest.mark.parametrize("lines", LINES, ids=lambda lines: lines.__name__)
+def test_it_does_what_a_stock_learner_does(digits, tmp_path, lines):
+    seen = []
+    for make in (stock, ours):
+        path = tmp_path / make.__name__
+        path.mkdir()
+        learn = make(digits, path)
+        with quiet(learn):
+            seen.append(lines(learn, digits))
+    assert seen[1] == seen[0]
+
+
+def test_looks_and_range_tests_change_no_training(digits, tmp_path):
+    weights = []
+    for look in (lambda learn: None, lambda learn: learn.dls.show_batch(), lambda learn: learn.lr_find(num_it=8)):
+        learn = ours(digits, tmp_path)
+        with quiet(learn):
+            look(learn)
+            set_seed(0)
+            learn.fit(1, 0.1)
+        weights.append(learn.model.state_dict())
+    for other in weights[1:]:
+        assert all(torch.equal(value, other[name]) for name, value in weights[0].items())
+    assert not torch.equal(*(learn.dls.train.one_batch()[0] for _ in range(2))), "each look is another"
+
+
+class Note(Callback):
+    """Notes what it is asked; removes another at an event, as fastai's callbacks may."""
+
+    def __init__(self, notes, name, order, leaves=None):
+        self.notes, self.label, self.order, self.leaves = notes, name, order, leaves
+
+    def before_batch(self):
+        self.notes.append((self.label, "before_batch", self.training))
+        if self.leaves is not None and self.leaves in self.learn.cbs:
+            self.leaves.run = False
+            self.learn.remove_cb(self.leaves)
+
+    def after_step(self):
+        self.notes.append((self.label, "after_step"))
+        self.run = False  # for the rest of this fit
+
+    def after_fit(self):
+        self.notes.append((self.label, "after_fit"))
+
+
+class Everything(Callback):
+    """Takes events in a way of its own."""
+
+    def __call__(self, event_name):
+        if event_name != "after_create":
+            self.learn.heard.append(event_name)
+
+
+def test_events_are_those_of_fastai_in_order(digits, tmp_path):
+    heard = []
+    for kind in (Learner, StepLearner):
+        notes = []
+        learn = kind(stock_loaders(digits), CustomResNet(CLASSES, 2), CrossEntropyLossFlat(), lr=0.01, path=tmp_path)
+        leaving = Note(notes, "leaving", 2)
+        learn.heard = notes
+        train_only = Note(notes, "training alone", -3)
+        train_only.run_valid = False
+        free = Callback(after_pred=lambda self, notes=notes: notes.append("after_pred"))
+        with quiet(learn):
+            learn.fit(
+                2,
+                cbs=[
+                    Note(notes, "late", 90),
+                    leaving,
+                    Note(notes, "early", 1, leaving),
+                    train_only,
+                    free,
+                    Everything(),
+                ],
+            )
+        heard.append(notes)
+    assert heard[0] == heard[1]
+    assert {"after_pred", ("early", "after_step"), "before_backward"} <= set(heard[0])
