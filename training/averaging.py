@@ -8,7 +8,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from training.distributed import same_buffers
 
-EVERY = 5  # steps; more often costs time and changes nothing
+EVERY = 5  # steps between two weights that are averaged
 
 
 class WeightAverage(Callback):

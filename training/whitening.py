@@ -9,7 +9,7 @@ from fastai.data.core import DataLoaders
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-IMAGES = 5000  # of the training set; all of them change the matrix by a thousandth
+IMAGES = 5000  # of the training set, at the least
 
 
 def whitening_matrix(dls: DataLoaders, eps: float) -> Tensor:
@@ -19,11 +19,12 @@ def whitening_matrix(dls: DataLoaders, eps: float) -> Tensor:
     """
     table = dls.train_ds.items
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in table.train_stats())
-    covariance, images = torch.zeros(27, 27, dtype=torch.float64), range(min(IMAGES, len(table)))
-    for start in images[::500]:
-        pixels, _ = table.batch(list(images[start : start + 500]))
+    rows = range(0, len(table), max(1, len(table) // IMAGES))  # of all classes: a table has one after the other
+    covariance = torch.zeros(27, 27, dtype=torch.float64)
+    for start in range(0, len(rows), 500):
+        pixels, _ = table.batch(list(rows[start : start + 500]))
         patches = F.unfold((torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255 - mean) / std, 3)  # (n, 27, 900)
-        covariance += (patches @ patches.mT).sum(0).double() / (len(images) * patches.shape[2])
+        covariance += (patches @ patches.mT).sum(0).double() / (len(rows) * patches.shape[2])
     variances, directions = torch.linalg.eigh(covariance)
     return ((variances.clamp(min=0) + eps) ** -0.5 * directions).T.float()
 
