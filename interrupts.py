@@ -6,7 +6,9 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM", signal.SIGHUP: "SIGHUP"}
+NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
+if hasattr(signal, "SIGHUP"):  # Windows has none
+    NAMES[signal.SIGHUP] = "SIGHUP"
 
 
 class Interrupted(KeyboardInterrupt):
@@ -29,7 +31,8 @@ def end_at_once() -> None:
 
 
 def _end(number: int, frame) -> None:
-    os.write(2, f"{os.path.basename(sys.argv[0])}: error: stopped by {NAMES[number]}\n".encode())
+    if os.environ.get("RANK", "0") == "0":  # of several processes one says so
+        os.write(2, f"{os.path.basename(sys.argv[0])}: error: stopped by {NAMES[number]}\n".encode())
     os._exit(128 + number)  # an exception could be caught by whatever is being imported
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two tests run at a time
 
+import cloudpickle
 import numpy as np
 import pytest
 import torch
@@ -33,6 +34,15 @@ def cache(tmp_path, monkeypatch):
     """The cache of decoded images, in a folder of the test's own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache" / "custom-resnet"
+
+
+@pytest.fixture(autouse=True)
+def loaded_as_elsewhere(monkeypatch):
+    """A learner that is loaded has classes of its own, as in another process.
+
+    cloudpickle would give the classes of this one the methods that lie in the file, for all tests to come.
+    """
+    monkeypatch.setattr(cloudpickle.cloudpickle, "_lookup_class_or_track", lambda tracker_id, loaded: loaded)
 
 
 @pytest.fixture

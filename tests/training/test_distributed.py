@@ -125,7 +125,7 @@ def test_two_processes_train_one_network_and_one_of_them_writes(launch, tmp_path
     assert folder == "two"
     assert not other.startswith(str(tmp_path / "two"))
     assert result.stdout.count("epoch   3/3") == 1
-    assert result.stdout.count("range test") == 1
+    assert result.stdout.count("range test   edge") == 1
     assert "again        torchrun --nproc-per-node 2 train_fastai.py" in result.stdout
 
     main(**given, out=str(tmp_path / "one"))

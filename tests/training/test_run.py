@@ -49,11 +49,18 @@ def test_out_is_made_or_refused(tmp_path):
 
 def test_the_named_recipes():
     fast = RECIPES["fast"]
-    assert (fast.epochs, fast.bs, fast.momentum, fast.lr, fast.wd, fast.logit_scale) == (24, 512, 0.9, 0.8, 5e-4, 0.125)
+    assert (fast.epochs, fast.bs, fast.momentum, fast.lr, fast.wd, fast.logit_scale) == (
+        24,
+        512,
+        0.9,
+        0.4,
+        5e-4,
+        1 / 16,
+    )
     assert fast.label_smoothing > 0
     assert (RECIPES["demo"].data, RECIPES["demo"].width) == ("digits", 16)
     assert get_recipe("fast", epochs=3, lr=None).epochs == 3
-    assert get_recipe("fast", epochs=3, lr=None).lr == 0.8
+    assert get_recipe("fast", epochs=3, lr=None).lr == 0.4
 
 
 @pytest.mark.parametrize(
