@@ -31,7 +31,7 @@ def start(tmp_path):
 
 
 def test_stopped_it_goes_on_and_trains_nothing_twice(start, tmp_path):
-    process = start("demo", "demo --lr 0.05", "--seeds", "2")
+    process = start("demo", "demo --lr 0.05")
     for line in process.stdout:
         if "demo --lr 0.05" in line and "starts" in line:
             break
@@ -45,18 +45,25 @@ def test_stopped_it_goes_on_and_trains_nothing_twice(start, tmp_path):
     (done,) = (tmp_path / "results").iterdir()
     before = done.stat().st_mtime_ns
 
-    process = start("demo", "demo --lr 0.05", "--seeds", "2")
+    process = start("demo", "demo --lr 0.05")
     out, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
-    assert "4 runs, 1 of them have ended" in out
-    assert "seed 1: epoch 2/2, " in out
-    assert "4 of 4 runs have ended" in out
+    assert "2 runs, 1 of them have ended" in out
+    assert "seed 0: epoch 2/2, " in out
+    assert "2 of 2 runs have ended" in out
     results = [json.loads(path.read_text()) for path in (tmp_path / "results").iterdir()]
-    assert sorted((r["lr"], r["seed"]) for r in results) == [(0.05, 0), (0.05, 1), (0.1, 0), (0.1, 1)]
+    assert sorted((r["lr"], r["seed"]) for r in results) == [(0.05, 0), (0.1, 0)]
     assert done.stat().st_mtime_ns == before
-    out, _ = start("demo", "demo --lr 0.05", "--seeds", "2").communicate(timeout=60)
-    assert "4 runs, 4 of them have ended" in out
+    out, _ = start("demo", "demo --lr 0.05").communicate(timeout=60)
+    assert "2 runs, 2 of them have ended" in out
     assert "starts" not in out
+
+
+def test_all_are_trained_with_one_seed_before_the_next(tmp_path):
+    runs = campaign.trainings(["demo", "demo --lr 0.05"], "--width 2", range(3, 5), tmp_path)
+    assert [str(run) for run in runs] == [
+        f"demo{lr} --width 2, seed {seed}" for seed in (3, 4) for lr in ("", " --lr 0.05")
+    ]
 
 
 def is_child(pid, parent):

@@ -13,7 +13,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, main, trained_learner
+from conftest import ROOT, main
 from fastai.callback.core import Callback
 from fastai.learner import load_learner
 from PIL import Image
@@ -246,28 +246,6 @@ def test_lr_find_only_stops_there(tmp_path, capsys):
     assert files(tmp_path / "run") == {"config.json", "augmentations.png", "lr_find.png", "lr_find.csv", "lr_find.json"}
     out = capsys.readouterr().out
     assert "python train_fastai.py --recipe demo --lr LR --width 4 --device cpu" in out
-
-
-def test_everything_a_notebook_calls_works(tmp_path):
-    from matplotlib import pyplot as plt
-
-    learner = trained_learner(tmp_path)
-    plt.switch_backend("agg")
-    learner.remove_cb(learner.progress) if hasattr(learner, "progress") else None
-    assert "Total params: 412,954" in learner.summary()
-    assert learner.lr_find().valley > 0
-    for show, lines in ((learner.show_results, 2), (learner.dls.show_batch, 1)):
-        show(max_n=9)
-        titles = [ax.get_title() for ax in plt.gcf().axes if ax.images]
-        assert len(titles) == 9
-        assert all(len(title.split()) == lines for title in titles), "the label, and the prediction under it"
-        plt.close("all")
-    with learner.no_logging():
-        learner.fit_one_cycle(1, 0.01)
-    learner.export("mine.pkl")
-    assert (learner.path / "mine.pkl").stat().st_size > 1_000_000
-    image = learner.dls.valid_ds.items[0]
-    assert learner.predict(image.image)[0] == image.label
 
 
 # Bad input
