@@ -178,7 +178,7 @@ TORCH_ONE_CYCLE = Linear(((0, 1 / 256), (488.216 / 2352, 1), (2351 / 2352, 0), (
 # The run this project descends from: no weight decay, the logits as they are.
 SEED = replace(ANCESTOR, lr=0.1, schedule=TORCH_ONE_CYCLE, nesterov=False, wd=0.0, logit_scale=1.0)
 # What Page's "bag of tricks" found for this network, as far as it leaves the layers alone, and Jordan's alternating
-# flips; results/README.md has what each is worth, published and here.
+# flips; results/README.md has what each gained there. None has been measured here yet.
 FAST = replace(
     ANCESTOR,
     # A cosine up to the peak and down to a tenth of it: where the weights are averaged, nothing need fall to nothing.

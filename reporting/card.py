@@ -31,6 +31,7 @@ def write_card(run: Path, options: Options, result: dict) -> None:
     """The run's `README.md`: `card.md` with what is to be said of this run in its places."""
     n = result["images"]
     names, more = result["classes"][:MOST_CLASSES], " …" * (len(result["classes"]) > MOST_CLASSES)
+    precision, earlier = result["precision"], result["best_epoch"] != result["epochs"]
     text = TEMPLATE.substitute(
         result | {name: markdown(result[name]) for name in ("source", "recipe")},
         index=json.dumps([model_index(result)]),
@@ -41,7 +42,7 @@ def write_card(run: Path, options: Options, result: dict) -> None:
         parameters=f"{result['parameters']:,}",
         figures=markdown_table(("figure", "value", ""), figures(result)),
         images=f"{options.valid_pct:.0%} of the training set" if result["valid"] == "holdout" else "the test set",
-        but="" if result["best_epoch"] == result["epochs"] else f", but for the best epoch in {result['precision']}",
+        but=f", but for the best epoch in {precision}" if earlier and precision != "fp32" else "",
         command=options.command(result["processes"], out=None, resume=None, max_minutes=None),
         settings=markdown_table(("setting", "value"), settings(result)),
         seconds=f"{result['seconds']:.0f}",
