@@ -39,13 +39,24 @@ def _end(number: int, frame) -> None:
 @contextmanager
 def stops_raised() -> Iterator[None]:
     """Within this a signal is an `Interrupted` in the main thread."""
+
+    def interrupt(number):
+        raise Interrupted(number)
+
+    with stops_taken(interrupt):
+        yield
+
+
+@contextmanager
+def stops_taken(handler: Callable[[int], None]) -> Iterator[None]:
+    """Within this `handler(number)` is called at a signal, in this process alone."""
     owner = os.getpid()
 
-    def interrupt(number, frame):
+    def handle(number, frame):
         if os.getpid() == owner:  # and not a process that has just been forked
-            raise Interrupted(number)
+            handler(number)
 
-    before = handle_stops(interrupt)
+    before = handle_stops(handle)
     try:
         yield
     finally:

@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from errors import InputError
 from images.decoding import SIZE
 from images.table import ImageTable
+from interrupts import NAMES
 
 APART = 2**32  # no training has so many epochs
 AHEAD = 2  # batches that a worker process has ready or under way
@@ -211,7 +212,8 @@ class KeyedDL(TfmdDL):
         """The epoch, the positions in it and the rows of every batch, or of this process's share of it."""
         keys, (first_epoch, first), (rank, size) = [], self.first, self.share
         order = self.get_idxs() if epoch == self.epoch else self._order(epoch)
-        order = np.fromiter(islice(order, self.n), int)  # `show_batch(unique=True)` has them never end
+        if not isinstance(order, np.ndarray):  # fastai's own, and `show_batch(unique=True)` has them never end
+            order = np.fromiter(islice(order, self.n), int)
         for start in range(first * self.bs if epoch == first_epoch else 0, self.n, self.bs):
             n = min(self.bs, self.n - start)
             share = range(start + n * rank // size, start + n * (rank + 1) // size)
@@ -269,7 +271,7 @@ def _typed(x: torch.Tensor, *labels: np.ndarray) -> tuple:
 
 def _begin_worker(owner: int, worker: int):
     """A stop is for the process that trains to hear, and a worker lives no longer than that one."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in NAMES:
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with, args=(owner,), daemon=True).start()
 

@@ -12,7 +12,7 @@ import torch
 from fastai.torch_core import num_distrib
 
 from errors import InputError, Stopped
-from interrupts import Interrupted, handle_stops
+from interrupts import Interrupted, stops_taken
 from options import Options
 
 REMEDIES = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room, then ")
@@ -62,19 +62,13 @@ def stops_heard(ask: Callable[[int], None]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # only there Python delivers signals
         yield
         return
-    heard, owner = [], os.getpid()
+    heard = []
 
-    def handle(number, frame):
-        if os.getpid() != owner:  # a process that has just been forked
-            return
+    def handle(number):
         if heard and number == signal.SIGINT:
             raise Interrupted(number)
         heard.append(number)
         ask(128 + number)
 
-    before = handle_stops(handle)
-    try:
+    with stops_taken(handle):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
