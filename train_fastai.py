@@ -1,6 +1,6 @@
 """Train a custom ResNet with fastai and albumentations, from images to an exported learner.
 
-    python train_fastai.py --recipe demo      handwritten digits, half a minute on two CPU cores, no download
+    python train_fastai.py --recipe demo      handwritten digits, a minute on two CPU cores, no download
     python train_fastai.py                    CIFAR-10, 24 epochs; wants a GPU
 
 In a notebook:
