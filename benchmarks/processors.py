@@ -1,4 +1,4 @@
-"""What a training step takes in fp32 and in bf16, and what threads that wait for others do to it, on the CPU."""
+"""What a step takes on the CPU: in fp32 and bf16, by what idle threads do, by what is done with freed memory."""
 
 import json
 import os
@@ -26,11 +26,15 @@ POLICIES = {
     "ours, GOMP_SPINCOUNT=10000": {"GOMP_SPINCOUNT": "10000"},
     "OMP_WAIT_POLICY=PASSIVE": {"OMP_WAIT_POLICY": "PASSIVE"},
 }
+ALLOCATORS = {"glibc's own": {}, "kept": {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}}
+SET_HERE = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_")
 STEPS = """
 import json, sys
+from resource import RUSAGE_SELF, getrusage
 sys.path[:0] = sys.argv[1:3]
 from processors import step_times
-print(json.dumps(step_times(int(sys.argv[3]), sys.argv[4], int(sys.argv[5]), float(sys.argv[6]))))
+times = step_times(int(sys.argv[3]), sys.argv[4], int(sys.argv[5]), float(sys.argv[6]))
+print(json.dumps([times, getrusage(RUSAGE_SELF).ru_maxrss / 1024]))
 """
 
 
@@ -111,12 +115,13 @@ def busy(processes: int) -> Iterator[None]:
             other.wait()
 
 
-def timed_apart(policy: dict[str, str], width: int, precision: str, bs: int, seconds: float) -> list[float]:
-    """`step_times` in a process of its own, under that policy and no other."""
-    environment = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+def timed_apart(policy: dict[str, str], width: int, precision: str, bs: int, seconds: float) -> tuple[float, float]:
+    """The median of `step_times`, and the MiB it took, in a process of its own, under that policy and no other."""
+    environment = {k: v for k, v in os.environ.items() if k not in SET_HERE}
     words = [sys.executable, "-W", "ignore", "-c", STEPS, ROOT, ROOT / "benchmarks", width, precision, bs, seconds]
     process = subprocess.run([*map(str, words)], env=environment | policy, check=True, stdout=subprocess.PIPE)
-    return json.loads(process.stdout)
+    times, peak = json.loads(process.stdout)
+    return median(times), peak
 
 
 def waiting() -> list[dict]:
@@ -135,7 +140,26 @@ def waiting() -> list[dict]:
             }
             for policy, variables in POLICIES.items():
                 with busy(others):
-                    row[policy] = 1e3 * median(timed_apart(variables, width, name, bs, seconds * (1 + others)))
+                    row[policy] = 1e3 * timed_apart(variables, width, name, bs, seconds * (1 + others))[0]
             rows.append(row)
             print(row, flush=True)
+    return rows
+
+
+def memory(rounds: int = 2) -> list[dict]:
+    """Images/s of a bare step and the process's MiB: glibc returns freed memory to the kernel, or keeps it.
+
+    The better of `rounds`, in which the ways take turns.
+    """
+    rows = []
+    for width in IMAGES:
+        for name in ("fp32", "bf16") if has_bf16(torch.device("cpu")) else ("fp32",):
+            row, best = {"width": width, "precision": name}, dict.fromkeys(ALLOCATORS, (float("inf"), 0))
+            for _ in range(rounds):
+                for way, variables in ALLOCATORS.items():
+                    best[way] = min(best[way], timed_apart(variables, width, name, BS, 10))
+            row |= {f"{way}, images/s": BS / seconds for way, (seconds, _) in best.items()}
+            own, kept = best.values()
+            row |= {"times as fast": own[0] / kept[0], "MiB": own[1], "MiB, kept": kept[1]}
+            rows.append(row)
     return rows

@@ -275,3 +275,24 @@ def test_idle_threads_sleep_unless_the_environment_says_otherwise(tmp_path, own)
     said = subprocess.run([sys.executable, script], capture_output=True, text=True, env=env, check=True).stdout
     ours = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "10000"}
     assert eval(said) == dict.fromkeys(names) | (own or ours)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+@pytest.mark.parametrize("own", [{}, {"MALLOC_MMAP_MAX_": "65536"}])
+def test_a_batch_gets_the_memory_of_the_one_before_unless_the_environment_says_otherwise(tmp_path, own):
+    script = tmp_path / "script.py"
+    script.write_text("""
+from resource import RUSAGE_SELF, getrusage
+from errors import parse
+
+def main():
+    for _ in range(2):
+        faults = getrusage(RUSAGE_SELF).ru_minflt
+        bytearray(1 << 26)  # as large as an activation; it touches every page
+    print(getrusage(RUSAGE_SELF).ru_minflt - faults)
+
+parse(main)
+""")
+    env = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")} | {"PYTHONPATH": str(ROOT)} | own
+    said = subprocess.run([sys.executable, script], capture_output=True, text=True, env=env, check=True).stdout
+    assert (int(said) < 100) == (not own), f"{said} pages were new the second time"
