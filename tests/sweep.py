@@ -20,6 +20,7 @@ import sys
 import time
 import traceback
 from collections import Counter
+from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -219,7 +220,9 @@ class Sweep:
         run = self.home / folder / "run"
         return sorted(str(path.relative_to(run)) for path in run.rglob("*"))
 
+    @cached_property
     def calls(self) -> int:
+        """How many an undisturbed run has."""
         self.run("counted", 0, "")
         return int((self.home / "count").read_text())
 
@@ -240,13 +243,12 @@ class Sweep:
             shutil.rmtree(self.home / folder, ignore_errors=True)
 
     def at_every_call(self, what: str, step: int = 1, first: int = 1) -> None:
-        calls = self.calls()
-        for at in range(first, calls + 1, step):
+        for at in range(first, self.calls + 1, step):
             codes = (-9,) if what in KILLS else (0, 2)
             results = self.run("trial", at, "kill" if what == "again" else what)
             if what == "again":  # the resume does not get to its end, either; or it does, as it has fewer calls
                 codes = (-9, 0)
-                results += self.run("trial", random.Random(at).randrange(1, calls), "kill")
+                results += self.run("trial", random.Random(at).randrange(1, self.calls), "kill")
             elif self.ranks > 1:  # the launcher ends the rank that is left; it may just have reached its end
                 codes = (-9, 0, 2, 143)
             self.check(what, f"at call {at}", codes, results)
@@ -280,7 +282,7 @@ def main(step: int = 1, modes: list[str] = (), kinds: list[str] = ()) -> None:
             _, own, share = MODES[mode]
             for number, kind in enumerate([kind for kind in own if not kinds or kind in kinds]):
                 every = step * share
-                sweep.at_every_call(kind, every, 1 + sweep.calls() * (number + 1) // 11 % every)  # each at others
+                sweep.at_every_call(kind, every, 1 + sweep.calls * (number + 1) // 11 % every)  # each at others
                 print(f"{mode}, {kind}: {sweep.trials[kind]} trials, findings: {len(sweep.findings)}", flush=True)
             if mode == "plain" and not kinds:
                 sweep.signals(max(1, 100 // step), random.Random(0))
