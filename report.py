@@ -1,6 +1,6 @@
 """A run explains itself: its pictures and its README drawn anew, or several runs compared.
 
-    python report.py RUN            draw the pictures of that run again and write its README
+    python report.py RUN            draw the pictures of that run again, write its README, and a model.pkl if it has none
     python report.py RUN RUN ...    a table and a picture of their accuracies
 
 RUN is the folder of a run that has ended.

@@ -102,9 +102,10 @@ def finished(run: Run, options: Options, result: dict) -> dict:
         return result
     with suppress(OSError, InputError), locked(run.folder):  # a disk to read only, a process that draws its pictures
         run.tidy()
-    if not options.no_pictures and not (run / "README.md").exists():
-        with pictures_can_wait(run):
-            draw_again(run, options.device)
+    pictures = not options.no_pictures and not (run / "README.md").exists()
+    if pictures or not (run / "model.pkl").exists():
+        with rest_can_wait(run):
+            draw_again(run, options.device, pictures)
     return result
 
 
@@ -199,12 +200,12 @@ def finish(run: Run, learn: Learner, options: Options, peak: float, log: RunLog,
         "history": log.history,
     }
     save_safetensors(learn, run / "model.safetensors", result)
-    export(learn, run / "model.pkl")
     run.write("result", result)
     run.tidy()
     try:
-        if not options.no_pictures:
-            with pictures_can_wait(run):
+        with rest_can_wait(run):
+            export(learn, run / "model.pkl")
+            if not options.no_pictures:
                 write_report(learn, options, result, evaluation)
     finally:
         print_result(run, options, result)
@@ -212,17 +213,16 @@ def finish(run: Run, learn: Learner, options: Options, peak: float, log: RunLog,
 
 
 @contextmanager
-def pictures_can_wait(run: Run) -> Iterator[None]:
-    """A fault of the disk becomes one line: all else is on it."""
+def rest_can_wait(run: Run) -> Iterator[None]:
+    """A fault of the disk becomes one line: what cannot be made again is on it."""
     try:
         yield
     except OSError as e:
         if e.errno is None:
             raise
         again = shlex.join(["python", "report.py", str(run)])
-        raise InputError(
-            f"{e.filename or run}: {e.strerror}; all but the pictures is there, draw them with: {again}"
-        ) from e
+        what = "the weights and the result are there, make the rest with"
+        raise InputError(f"{e.filename or run}: {e.strerror}; {what}: {again}") from e
 
 
 def print_result(run: Run, options: Options, result: dict) -> None:

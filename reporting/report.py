@@ -24,6 +24,7 @@ from reporting.pictures import (
 )
 from trained.classifier import classifier_of, grad_cam
 from trained.device import get_device
+from trained.learner_file import export
 from training.learner import new_learner
 from training.lr_finder import RangeTest
 from training.run import Run
@@ -54,8 +55,9 @@ def write_report(learn: Learner, options: Options, result: dict, evaluation: Eva
     write_card(run, options, result)
 
 
-def draw_again(run: Run, device: str) -> None:
-    """All pictures of a run that has ended, and its README, from its weights and the images it was trained on.
+def draw_again(run: Run, device: str, pictures: bool = True) -> None:
+    """All pictures of a run that has ended, and its README, from its weights and the images it was trained on; before
+    them `model.pkl`, where there is none.
 
     device: its name. Raises InputError where the run has not ended, or the images are others.
     """
@@ -67,6 +69,10 @@ def draw_again(run: Run, device: str) -> None:
             raise InputError(f"{run}: the images in {result['data']} are not those that it was trained on")
         learn.path = run.folder
         learn.load("last", with_opt=False)
+        if not (run / "model.pkl").exists():
+            export(learn, run / "model.pkl")
+        if not pictures:
+            return
         save_augmentations(learn.dls, run / "augmentations.png")
         if test := RangeTest.load(run.folder):
             save_lr_find(test, run / "lr_find.png", result["peak_lr"])

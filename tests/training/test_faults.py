@@ -1,6 +1,7 @@
 """Whatever the machine does to a run: nothing is lost, nothing stays behind, and one line says how to go on."""
 
 import errno
+import json
 import multiprocessing
 import os
 import signal
@@ -10,6 +11,7 @@ import pytest
 import torch
 from conftest import StopAt, main, outcome, same
 from fastai.callback.core import Callback
+from fastai.learner import load_learner
 
 import loader
 import train_fastai
@@ -179,10 +181,9 @@ def test_a_picture_that_fails_comes_last_and_can_be_drawn_later(tmp_path, capsys
     run, drawn = tmp_path / "a b", []
     monkeypatch.setattr(train_fastai, "write_report", full)
     monkeypatch.setattr(train_fastai, "save_augmentations", lambda *_: None)
-    monkeypatch.setattr(train_fastai, "draw_again", lambda run, device: drawn.append(run.folder))
-    expected = (
-        f"a b/loss.png: No space left .*; all but the pictures is there, draw them with: python report.py '{run}'"
-    )
+    monkeypatch.setattr(train_fastai, "draw_again", lambda run, device, pictures: drawn.append(run.folder))
+    make_it = f"make the rest with: python report.py '{run}'"
+    expected = f"a b/loss.png: No space left .*; the weights and the result are there, {make_it}"
     options = TINY | {"no_pictures": False, "out": str(run)}
     with pytest.raises(InputError, match=expected):
         main(**options)
@@ -190,6 +191,26 @@ def test_a_picture_that_fails_comes_last_and_can_be_drawn_later(tmp_path, capsys
     assert {"result.json", "model.pkl", "model.safetensors"} < {path.name for path in run.iterdir()}
     main(**options, resume="auto")
     assert drawn == [run]
+
+
+def test_a_model_pkl_that_fails_does_not_take_the_result_with_it(tmp_path, capsys):
+    class InTheWay(Callback):
+        def after_fit(self):
+            (self.path / "model.pkl").mkdir(exist_ok=True)
+
+    run = tmp_path / "run"
+    with pytest.raises(
+        InputError, match=r"run/model\.pkl: Is a directory; the weights and the result are there, .* with:"
+    ):
+        main(**TINY, out=str(run), cbs=InTheWay())
+    assert json.loads((run / "result.json").read_text())["epochs"] == 2
+    assert (run / "model.safetensors").exists()
+    assert "last epoch   " in capsys.readouterr().out
+    (run / "model.pkl").rmdir()
+    main(resume=str(run))
+    learn = load_learner(run / "model.pkl")
+    assert torch.equal(learn.model.head.weight, torch.load(run / "models/last.pth", weights_only=True)["head.weight"])
+    assert not (run / "README.md").exists(), "no pictures were wanted"
 
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC, errno.EROFS, errno.EACCES, errno.ESTALE])
