@@ -62,13 +62,13 @@ class Training:
             return list(csv.DictReader((self.folder / "history.csv").read_text().splitlines()))
         return []
 
-    def start(self, threads: int) -> subprocess.Popen:
+    def start(self, threads: str) -> subprocess.Popen:
         """Start it, or go on with it, out of the terminal's Ctrl-C and at the lowest priority."""
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         recipe, *options = self.words
         words = ["--recipe", recipe, *options, "--seed", self.seed, "--out", self.folder, "--resume", "auto"]
         command = [sys.executable, str(ROOT / "train_fastai.py"), *map(str, words)]
-        env = {"OMP_NUM_THREADS": str(threads), **os.environ}
+        env = os.environ | {"OMP_NUM_THREADS": threads}
         with self.log.open("a") as log:
             process = subprocess.Popen(
                 command, env=env, stdout=log, stderr=log, stdin=subprocess.DEVNULL,
@@ -150,7 +150,7 @@ def ended(active: dict[Training, subprocess.Popen]) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def work(runs: list[Training], jobs: int, threads: int, results: Path) -> int:
+def work(runs: list[Training], jobs: int, threads: str, results: Path) -> int:
     """Train all `runs` that have not ended, `jobs` at a time; returns how many failed."""
     progress, failed = Progress(runs, jobs), 0
     active: dict[Training, subprocess.Popen] = {}
@@ -202,7 +202,8 @@ def main(
     todo = trainings(runs, options, range(first_seed, first_seed + seeds), folder)
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
-        failed = work(todo, jobs, max(1, (os.cpu_count() or 1) // jobs), kept)
+        threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
+        failed = work(todo, jobs, threads, kept)
     tell(f"{len(todo) - failed} of {len(todo)} runs have ended; python results/make.py makes tables of their results")
     if failed:
         sys.exit(1)

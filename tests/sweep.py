@@ -29,6 +29,7 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
 # ruff: noqa: E402
 import numpy as np
+import torch._dynamo  # noqa: F401  torch's optimisers import it, which takes half of a small training's time
 from conftest import outcome, same
 from PIL import Image
 
