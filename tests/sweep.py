@@ -180,7 +180,7 @@ class Sweep:
     def __init__(self, home: Path, mode: str = "plain"):
         self.home, self.mode, self.trials, self.findings = home, mode, Counter(), []
         self.ranks = 2 if mode == "ranks" else 1
-        home.mkdir()
+        (home / "trial").mkdir(parents=True)
         checkpoint.EVERY = 0
         os.environ["XDG_CACHE_HOME"] = str(home / "cache")
         rng = np.random.default_rng(0)
@@ -224,6 +224,7 @@ class Sweep:
     @cached_property
     def calls(self) -> int:
         """How many an undisturbed run has."""
+        (self.home / "counted").mkdir()  # as `trial` is there: to make it would be two more calls
         self.run("counted", 0, "")
         return int((self.home / "count").read_text())
 
