@@ -1,9 +1,10 @@
 """A page on which the trained model says what it takes a picture for, and where in it it looked.
 
-    python app.py RUN                  the page, on http://127.0.0.1:7860
-    python app.py --space DIR RUN      a folder that is ready to be a Space of the Hugging Face Hub
+    python app.py [RUN]                the page, on http://127.0.0.1:7860
+    python app.py --space DIR [RUN]    a folder that is ready to be a Space of the Hugging Face Hub
 
-RUN is the folder of a run, or a model.safetensors. It takes requirements-app.txt.
+RUN is the folder of a run, or a model.safetensors, else the model that this project comes with. It takes
+requirements-app.txt.
 """
 
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from errors import InputError, Stopped, parse, run_command
 class Options:
     """Show a page on which a trained model says what it takes pictures for."""
 
-    model: str = "model.safetensors"  # Folder of a run, or a model.safetensors
+    model: str = None  # Folder of a run, or a model.safetensors [the model that comes with this file]
     space: str = None  # Write a folder for a Space of the Hugging Face Hub, and stop
     host: str = None  # Address to listen at; 0.0.0.0 lets others in [GRADIO_SERVER_NAME, or 127.0.0.1]
     port: int = None  # Port to listen at [the first free one from 7860 on]
@@ -60,7 +61,7 @@ SIDE = 320  # pixels of the picture with the map on it
 UNREADABLE = f"This cannot be read as a picture: it must be one of {', '.join(FORMATS)}, of at most {MAX_PIXELS // 10**6} megapixels."
 CSS = "#picture img {width: 100%; height: 100%; object-fit: contain}"  # small pictures large
 FILES = (
-    "app.py", "errors.py", "files.py", "interrupts.py", "model.py", "names.py", "images/__init__.py", "images/decoding.py", "trained/__init__.py",
+    "app.py", "errors.py", "files.py", "interrupts.py", "model.py", "names.py", "startup.py", "images/__init__.py", "images/decoding.py", "trained/__init__.py",
     *(f"trained/{name}.py" for name in ("classifier", "device", "header", "loading", "predictor", "safe_file")),
 )  # fmt: skip
 
@@ -161,6 +162,12 @@ def page(file: Path) -> "gradio.Blocks":
     return blocks
 
 
+def own_model() -> Path:
+    """The model that comes with this file: beside it in a Space, in the folder `pretrained` in the project."""
+    here = Path(__file__).parent
+    return here / ("model.safetensors" if (here / "model.safetensors").exists() else "pretrained")
+
+
 def write_space(model: Path, folder: Path) -> None:
     """Write to `folder`, new or empty, what a Space needs to show the page. Raises InputError."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -195,7 +202,7 @@ def main(options: Options) -> None:
     """The command."""
     if find_spec("gradio") is None:
         raise InputError("gradio is not installed; pip install -r requirements-app.txt")
-    file = model_file(options.model, [".safetensors"])
+    file = model_file(options.model or own_model(), [".safetensors"])
     if options.space:
         write_space(file, Path(os.path.expanduser(options.space)).resolve())
         space = printable(shlex.quote(options.space))

@@ -1,13 +1,12 @@
 """What a user sees when the input is bad: one line on stderr and exit code 2; a bug in the code keeps its traceback."""
 
-import ctypes
 import difflib
 import os
 import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from time import sleep
 from typing import Any, NoReturn, TextIO
@@ -16,10 +15,9 @@ from fastcore.script import anno_parser
 
 from interrupts import Interrupted, end_at_once, stops_raised
 from names import printable
+from startup import keep_freed_memory, let_idle_threads_sleep
 
 warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated")  # fastai's import, nothing to do here
-
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
 
 OTHER_WORDS = {  # timm's, YOLO's and fastai's words for our options
     "--amp": "--precision", "--arch": "--width", "--batch": "--bs", "--batch-size": "--bs", "--checkpoint": "--resume",
@@ -44,31 +42,6 @@ class Stopped(Exception):
     def __init__(self, message: str, code: int):
         super().__init__(printable(message))
         self.code = code
-
-
-def keep_freed_memory() -> None:
-    """Have glibc hand out again what has been freed, unless the environment says how it is to be done.
-
-    By itself it gives large blocks back to the kernel, which fills every page with zeros before the next batch has it.
-    On the CPU that is a fifth of a step's time; `results/speed` has what this gains, and what memory it takes.
-    """
-    if os.environ.get("GLIBC_TUNABLES") or any(name.startswith("MALLOC_") for name in os.environ):
-        return
-    with suppress(OSError, TypeError, AttributeError):  # other systems have another allocator
-        mallopt = ctypes.CDLL(None).mallopt
-        for option, value in (M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1):
-            mallopt(option, value)
-
-
-def let_idle_threads_sleep() -> None:
-    """Have threads that wait for others give up their core soon, unless the environment says otherwise.
-
-    OpenMP's threads spin for long, which on a busy machine keeps those from working that they wait for. It reads this
-    when torch is imported; `results/README.md` has what each way costs.
-    """
-    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & os.environ.keys():
-        # The count is GNU's, which torch comes with: to sleep at once slows small steps.
-        os.environ.update(OMP_WAIT_POLICY="PASSIVE", GOMP_SPINCOUNT="10000")
 
 
 def fail(message: object, code: int = 2) -> NoReturn:

@@ -65,7 +65,17 @@ def url(space):
 
 
 def test_a_space_has_what_it_needs(space):
-    names = {"app.py", "errors.py", "files.py", "interrupts.py", "model.py", "names.py", "images", "trained"}
+    names = {
+        "app.py",
+        "errors.py",
+        "files.py",
+        "interrupts.py",
+        "model.py",
+        "names.py",
+        "startup.py",
+        "images",
+        "trained",
+    }
     others = {"README.md", "requirements.txt", "model.safetensors", "examples"}
     assert {path.name for path in space.iterdir() if path.name != "__pycache__"} == names | others
     assert [path.name for path in sorted((space / "examples").iterdir())] == [f"{i:02}.png" for i in range(10)]
@@ -252,7 +262,7 @@ def test_what_is_no_picture_is_a_message(page, tmp_path):
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        ([], "model.safetensors: no such file; pass a run folder, or a model's .safetensors\n"),
+        (["nonsuch"], "nonsuch: no such file; pass a run folder, or a model's .safetensors\n"),
         (["TRAINED/model.pkl"], "model.pkl: this takes a run folder, or a model's .safetensors\n"),
         (["TRAINED", "--space", "TRAINED"], "it is there already; name a new or an empty folder"),
         (["TRAINED", "--space", "TRAINED/model.pkl/space"], "cannot be written"),
