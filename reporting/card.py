@@ -13,6 +13,16 @@ from reporting.tables import markdown_table
 
 TEMPLATE = Template(Path(__file__).with_name("card.md").read_text(encoding="utf-8"))
 MOST_CLASSES = 100  # named in it
+WITH_FASTAI = Template("""
+With fastai, in Python $python (`pip install fastai huggingface_hub toml`):
+
+```python
+from huggingface_hub import from_pretrained_fastai
+
+learn = from_pretrained_fastai("USER/NAME")  # the Hub's or this folder; it runs model.pkl: do you trust its author?
+label, index, probabilities = learn.predict("picture.png")
+```
+""")
 CAPTIONS = {
     "accuracy": "Accuracy over the epochs",
     "loss": "Loss over the epochs",
@@ -31,6 +41,7 @@ def write_card(run: Path, options: Options, result: dict) -> None:
     """The run's `README.md`: `card.md` with what is to be said of this run in its places."""
     n = result["images"]
     names, more = result["classes"][:MOST_CLASSES], " …" * (len(result["classes"]) > MOST_CLASSES)
+    python = result["versions"]["python"].rpartition(".")[0]
     precision, earlier = result["precision"], result["best_epoch"] != result["epochs"]
     text = TEMPLATE.substitute(
         result | {name: markdown(result[name]) for name in ("source", "recipe")},
@@ -46,9 +57,9 @@ def write_card(run: Path, options: Options, result: dict) -> None:
         command=options.command(result["processes"], out=None, resume=None, max_minutes=None),
         settings=markdown_table(("setting", "value"), settings(result)),
         seconds=f"{result['seconds']:.0f}",
-        python=result["versions"]["python"].rpartition(".")[0],
         code=code(result),
         versions=", ".join(f"{name} {version}" for name, version in result["versions"].items()),
+        with_fastai=WITH_FASTAI.substitute(python=python) if (run / "model.pkl").exists() else "",
         pictures=pictures(run),
     )
     with complete(run / "README.md") as beside:

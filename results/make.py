@@ -86,7 +86,8 @@ def epoch_time(runs: list[dict]) -> tuple[float, str]:
     """The median seconds of an epoch on the machine where they are the fewest, and that machine."""
     seconds = defaultdict(list)
     for run in runs:
-        seconds[run["device_name"]] += [row["seconds"] for row in run["history"]]
+        machine = run["device_name"] + (", on one thread" if run.get("threads") == 1 else "")
+        seconds[machine] += [row["seconds"] for row in run["history"]]
     return min((median(times), name) for name, times in seconds.items())
 
 

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import main
+from conftest import ROOT, main
 from matplotlib.axes import Axes
 from PIL import Image
 
@@ -23,8 +23,12 @@ from reporting.card import CAPTIONS, write_card
 from reporting.evaluation import Evaluation, evaluate
 from reporting.pictures import save_comparison, save_confusion
 from trained.classifier import classifier_of, grad_cam
+from trained.safe_file import load_safetensors
 from training.lr_finder import METHODS, RangeTest
 from training.precision import full_precision
+
+sys.path.insert(0, str(ROOT / "results"))
+import pretrained
 
 SMALL = {"data": "digits", "bs": 128, "width": 4, "epochs": 2, "lr": "0.1", "device": "cpu", "no_lr_find": True}
 
@@ -324,3 +328,22 @@ def test_other_images_are_not_those_of_the_run(tmp_path, image_folder):
     (root / "train/cat/000.png").write_bytes((root / "train/dog/000.png").read_bytes())
     with pytest.raises(InputError, match="are not those that it was trained on"):
         report.main(report.Options([str(tmp_path / "run")], device="cpu"))
+
+
+def test_of_a_run_a_model_to_come_with_the_project_is_made(run, tmp_path):
+    pretrained.main(str(run), str(tmp_path / "made"))
+    (half, header), (whole, _) = (load_safetensors(f / "model.safetensors") for f in (tmp_path / "made", run))
+    for name, weights in whole.state_dict().items():
+        assert half.state_dict()[name].sub(weights).abs().max() <= 1e-3 * max(1, weights.abs().max())
+    assert (tmp_path / "made/model.safetensors").stat().st_size < 0.6 * (run / "model.safetensors").stat().st_size
+    card = (tmp_path / "made/README.md").read_text()
+    assert f"{100 * header['last_accuracy']:.2f} %" in card
+    assert "model.safetensors" in card
+    assert "from_pretrained_fastai" not in card, "there is no model.pkl"
+    shown = {line.split("(")[1].rstrip(")") for line in card.splitlines() if line.startswith("![")}
+    assert (
+        shown
+        == {path.name for path in (tmp_path / "made").glob("*.png")}
+        == {f"{name}.png" for name in pretrained.PICTURES}
+    )
+    assert str(run) not in (tmp_path / "made/result.json").read_text(), "no path of the machine"

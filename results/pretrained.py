@@ -1,0 +1,45 @@
+"""Make `pretrained/`, the model that this project comes with, from a run.
+
+    python results/pretrained.py runs/001-fast
+
+Its weights have 16 bits each. Its pictures are those of the run that show no image of the data, whose licence is none
+of ours.
+"""
+
+import shutil
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from errors import parse
+from files import write_json
+from options import read_config
+from reporting.card import write_card
+from trained.loading import model_file
+from trained.safe_file import load_safetensors, save_half
+from training.run import Run
+
+FOLDER = Path(__file__).parents[1] / "pretrained"
+PICTURES = ("accuracy", "loss", "schedule", "confusion", "classes", "reliability")
+
+
+def main(
+    run: str,  # Folder of a run that has ended
+    out: str = str(FOLDER),  # Folder to make
+):
+    """Make pretrained/ from a run."""
+    run, out = Path(run), Path(out)
+    file, result = model_file(run, [".safetensors"]), Run(run).result()
+    _, options = read_config(run)
+    result.pop("options")  # with paths of the machine
+    out.mkdir(exist_ok=True)
+    save_half(*load_safetensors(file), out / "model.safetensors")
+    write_json(out / "result.json", result)
+    for name in PICTURES:
+        shutil.copy(run / f"{name}.png", out)
+    write_card(out, options, result)
+
+
+if __name__ == "__main__":
+    parse(main)
