@@ -1,4 +1,4 @@
-"""What is set before torch is imported, where the environment does not: what becomes of freed memory, how threads wait."""
+"""What is set before torch is imported, unless the environment does it: freed memory is kept, idle threads sleep."""
 
 import ctypes
 import os
