@@ -38,7 +38,6 @@ from time import perf_counter
 
 from fastai.callback.core import Callback
 from fastai.learner import Learner
-from fastai.torch_core import num_distrib
 
 from files import locked
 from names import printable
@@ -98,12 +97,11 @@ def find_run(options: Options) -> tuple[Path | None, Options, dict | None]:
 def finished(run: Run, options: Options, result: dict) -> dict:
     """Say that the run has ended, and do what a kill or a fault has left undone behind its end; returns `result`."""
     print(f"finished     {printable(str(run))}: {result['last_accuracy']:.2%} accuracy after {result['epochs']} epochs")
-    if num_distrib() > 1:
-        return result
-    with suppress(OSError, InputError), locked(run.folder):  # a disk to read only, a process that draws its pictures
-        run.tidy()
-    pictures = not options.no_pictures and not (run / "README.md").exists()
-    if pictures or not (run / "model.pkl").exists():
+    if is_rank0():
+        with suppress(OSError, InputError), locked(run.folder):  # a read-only disk, a process that draws its pictures
+            run.tidy()
+    pictures = not options.no_pictures and not on_rank0((run / "README.md").exists)
+    if pictures or not on_rank0((run / "model.pkl").exists):
         with rest_can_wait(run):
             draw_again(run, options.device, pictures)
     return result

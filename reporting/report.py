@@ -1,10 +1,11 @@
 """Every picture of a run, and the card that shows them."""
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
-from fastai.learner import Learner
+from fastai.learner import Learner, load_model
 from PIL import Image
 
 from errors import InputError
@@ -25,6 +26,7 @@ from reporting.pictures import (
 from trained.classifier import classifier_of, grad_cam
 from trained.device import get_device
 from trained.learner_file import export
+from training.distributed import is_rank0, on_rank0
 from training.learner import new_learner
 from training.lr_finder import RangeTest
 from training.run import Run
@@ -59,16 +61,19 @@ def draw_again(run: Run, device: str, pictures: bool = True) -> None:
     """All pictures of a run that has ended, and its README, from its weights and the images it was trained on; before
     them `model.pkl`, where there is none.
 
-    device: its name. Raises InputError where the run has not ended, or the images are others.
+    device: its name. Of several processes all call this, and the first does it. Raises InputError where the run has not
+    ended, or the images are others.
     """
-    result = run.result()
-    _, options = read_config(run.folder)
-    with locked(run.folder):
-        learn = new_learner(options, get_device(device))
+    result = on_rank0(run.result)
+    _, options = on_rank0(read_config, run.folder)
+    with locked(run.folder) if is_rank0() else nullcontext():
+        learn = new_learner(options, get_device(device))  # the images are read in turns
+        if not is_rank0():
+            return
         if learn.dls.train_ds.items.fingerprint() != result["fingerprint"]:
             raise InputError(f"{run}: the images in {result['data']} are not those that it was trained on")
         learn.path = run.folder
-        learn.load("last", with_opt=False)
+        load_model(run / "models/last.pth", learn.model, None, with_opt=False)  # `learn.load` waits for all processes
         if not (run / "model.pkl").exists():
             export(learn, run / "model.pkl")
         if not pictures:

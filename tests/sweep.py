@@ -252,7 +252,7 @@ class Sweep:
                 codes = (-9, 0)
                 results += self.run("trial", random.Random(at).randrange(1, self.calls), "kill")
             elif self.ranks > 1:  # the launcher ends the rank that is left; it may just have reached its end
-                codes = (-9, 0, 2, 143)
+                codes = (-9, 0, 2, 143, -15)
             self.check(what, f"at call {at}", codes, results)
 
     def signals(self, times: int, rng: random.Random) -> None:

@@ -29,6 +29,13 @@ def how_to_go_on(run: Path, **options) -> str:
     return "go on with: " + Options(resume=str(run)).command(max(1, num_distrib()), **options)
 
 
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """The error, what was being handled when it was raised, and so on: what cleans up behind one can fail, too."""
+    while error:
+        yield error
+        error = error.__context__
+
+
 @contextmanager
 def faults_explained(run: Path, bs: int) -> Iterator[None]:
     """What the machine lacks, or a signal outside the fit, becomes one line, and how to go on."""
@@ -44,7 +51,7 @@ def faults_explained(run: Path, bs: int) -> Iterator[None]:
         remedy = REMEDIES.get(e.errno, "")
         raise InputError(f"{e.filename or run}: {e.strerror}; {remedy}{how_to_go_on(run)}") from e
     except RuntimeError as e:
-        if num_distrib() > 1 and (isinstance(e, torch.distributed.DistError) or "gloo" in str(e)):
+        if num_distrib() > 1 and any(isinstance(x, torch.distributed.DistError) or "gloo" in str(x) for x in causes(e)):
             gone = "another process of this training is gone, its own error is above"
             raise InputError(f"{gone}; {how_to_go_on(run)}") from e
         if any(words in str(e) for words in TORCH_FILES):

@@ -7,9 +7,11 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, main
+from fastai.learner import load_learner
 
 from data import get_dls
 from errors import InputError, Stopped
@@ -166,6 +168,19 @@ def test_a_process_that_dies_takes_the_others_down_and_the_run_goes_on(launch, n
     first, second = ((r / "lr_find.csv").read_text().split()[1:30] for r in (run, tmp_path / "undisturbed"))
     first, second = ([float(line.split(",")[1]) for line in lines] for lines in (first, second))
     assert first == pytest.approx(second, abs=1e-5), "the range test's losses are not those of all processes"
+
+
+def test_what_a_kill_behind_the_end_has_left_undone_is_done(launch, noise, tmp_path):
+    run = tmp_path / "run"
+    main(**noise, out=str(run))
+    (run / "model.pkl").rename(run / ".model.123.pkl")
+    (run / "checkpoint.pth").touch()
+    result = launch({"resume": run})
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("finished ") == 1
+    assert load_learner(run / "model.pkl").predict(np.zeros((32, 32, 3), np.uint8))[0] in ("cat", "dog")
+    assert not (run / "checkpoint.pth").exists()
+    assert not (run / ".model.123.pkl").exists()
 
 
 def test_bad_input_is_one_line_of_one_process(launch):

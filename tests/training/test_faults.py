@@ -20,6 +20,7 @@ from files import complete, locked
 from interrupts import stops_raised
 from training import checkpoint
 from training.description import keep_threads
+from training.faults import faults_explained
 from training.lr_finder import METHODS, RangeTest
 from training.run import check_out
 
@@ -234,6 +235,17 @@ def test_a_fault_of_the_disk_is_one_line(tmp_path, capsys, monkeypatch, code):
         main(**TINY, out=str(run))
     fail.name = None
     assert main(resume=str(run))["epochs"] == 2
+
+
+def test_another_process_that_is_gone_is_told_where_cleaning_up_fails_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="another process of this training is gone"), faults_explained(tmp_path, 8):
+        try:
+            raise RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer")
+        finally:
+            raise RuntimeError("Missing key(s) in state_dict")
+    with pytest.raises(RuntimeError, match="a bug"), faults_explained(tmp_path, 8):
+        raise RuntimeError("a bug")
 
 
 def test_other_commands_say_it_in_one_line_too(capsys):
