@@ -33,6 +33,7 @@ import torch._dynamo  # noqa: F401  torch's optimisers import it, which takes ha
 from conftest import outcome, same
 from PIL import Image
 
+import errors
 import train_fastai
 from errors import run_command
 from options import Options
@@ -158,10 +159,10 @@ def ended(*processes: tuple[int, int], launched: bool = False) -> list[tuple[int
         codes[pid] = os.waitstatus_to_exitcode(status)
         for other in {pid for pid, _ in processes} - codes.keys() if launched and codes[pid] else ():
             os.kill(other, signal.SIGTERM)
-    return [(codes[pid], errors(pid, end)) for pid, end in processes]
+    return [(codes[pid], said(pid, end)) for pid, end in processes]
 
 
-def errors(pid: int, end: int) -> str:
+def said(pid: int, end: int) -> str:
     """All that has been written to standard error, once nobody has it open any more."""
     text, deadline = b"", time.monotonic() + LONGEST
     while select.select([end], [], [], max(0, deadline - time.monotonic()))[0]:
@@ -182,6 +183,7 @@ class Sweep:
         self.ranks = 2 if mode == "ranks" else 1
         (home / "trial").mkdir(parents=True)
         checkpoint.EVERY = 0
+        errors.sleep = lambda seconds: None  # in which a launcher ends the ranks that have nothing to say
         os.environ["XDG_CACHE_HOME"] = str(home / "cache")
         rng = np.random.default_rng(0)
         for place in ("train/a", "train/b", "test/a", "test/b"):
