@@ -144,6 +144,9 @@ def parse(func: Callable, pos: Sequence[str] = ()) -> Any:
     keep_freed_memory()
     let_idle_threads_sleep()
     end_at_once()
+    if func.__module__ == "__main__":  # there fastcore does not look for a dataclass's comments, which --help shows
+        func.__module__ = Path(sys.argv[0]).stem
+        sys.modules.setdefault(func.__module__, sys.modules["__main__"])
     parser = anno_parser(func, pos=pos)
     parser.allow_abbrev, parser.error = False, fail
     parsed, unknown = parser.parse_known_args()

@@ -20,9 +20,7 @@ FREE = ("resume", "out", "runs", "device", "workers", "max_minutes", "log", "no_
 class Options:
     """Train a custom ResNet with fastai and albumentations: CIFAR-10 by default, or images of your own."""
 
-    data: str | None = (
-        None  # cifar10, digits, a folder or archive of train/<class>/ and test/<class>/ (or valid, val, validation) images, or CIFAR-10's python version [the recipe's]
-    )
+    data: str = None  # cifar10, digits, a folder or archive of images, or CIFAR-10's python version [the recipe's]
     recipe: Annotated[str, {"choices": list(RECIPES)}] = "fast"  # Named settings, see recipes.py
     epochs: int = None  # Passes over the training images [the recipe's]
     lr: str = None  # Peak learning rate, or auto for the range test's suggestion [the recipe's]
@@ -44,14 +42,10 @@ class Options:
     seed: int = 0  # Of the weights, the order of the images and their augmentation
     runs: int = 1  # Seeds to train one after the other, from --seed on
     workers: int = None  # Loader processes [one a core up to 8 for a GPU, 0 on a CPU]
-    valid: Annotated[str, {"choices": ["test", "holdout"]}] = (
-        "test"  # Validate on the test set, or on a part of the training set that is held out
-    )
+    valid: Annotated[str, {"choices": ["test", "holdout"]}] = "test"  # Validate on the test set, or on held-out images
     valid_pct: float = 0.1  # The part of each class that --valid holdout holds out
     device: str = "auto"  # auto, cpu, cuda, cuda:1 or mps
-    precision: Annotated[str, {"choices": ["auto", "fp32", "bf16", "fp16"]}] = (
-        "auto"  # Of the training; auto is the fastest that the device has, and what is measured at the end is in fp32
-    )
+    precision: Annotated[str, {"choices": ["auto", "fp32", "bf16", "fp16"]}] = "auto"  # Of training; auto: the fastest
     out: str = None  # Run folder, new or empty [runs/NNN-recipe]
     resume: str = None  # Go on with the run in this folder; auto: with the one in --out, if it has been started
     max_minutes: float = None  # Stop after so many minutes of training, with a checkpoint to go on from

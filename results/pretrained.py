@@ -20,13 +20,12 @@ from trained.loading import model_file
 from trained.safe_file import load_safetensors, save_half
 from training.run import Run
 
-FOLDER = Path(__file__).parents[1] / "pretrained"
 PICTURES = ("accuracy", "loss", "schedule", "confusion", "classes", "reliability")
 
 
 def main(
     run: str,  # Folder of a run that has ended
-    out: str = str(FOLDER),  # Folder to make
+    out: str = "pretrained",  # Folder to make
 ):
     """Make pretrained/ from a run."""
     run, out = Path(run), Path(out)

@@ -305,6 +305,16 @@ def test_ctrl_c_while_it_imports_is_one_line(tmp_path):
     assert "Traceback" not in errors
 
 
+@pytest.mark.parametrize("name", ["train_fastai", "predict", "report", "export", "app"])
+def test_help_says_what_each_option_is(name):
+    command = [sys.executable, str(ROOT / f"{name}.py"), "--help"]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    entries = re.split(r"\n  (?=[-a-z])", text.partition("positional arguments:")[2] or text.partition("options:")[2])
+    said = {e.split()[0]: e.partition("  ")[2].split("(default")[0].strip() for e in entries if e.strip()}
+    assert len(said) >= 4
+    assert [option for option, words in said.items() if not words] == []
+
+
 def test_help_explains_every_option_at_once(command):
     result = command("--help", PYTHONPROFILEIMPORTTIME="1")
     assert result.returncode == 0
