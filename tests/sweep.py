@@ -1,6 +1,6 @@
 """Small trainings that are killed, or have a call fail, at every one of their calls to the file system, and then go on.
 
-    python tests/sweep.py                    all of it: two hours on a core
+    python tests/sweep.py                    all of it: an hour on a core
     python tests/sweep.py 20                 at every twentieth call
     python tests/sweep.py 20 plain power     only that mode, or these kinds of trial in it
 

@@ -1,4 +1,4 @@
-"""A sample of `sweep.py`; ALL=1 does all of it, which takes two hours."""
+"""A sample of `sweep.py`; ALL=1 does all of it, which takes an hour."""
 
 import os
 import subprocess
