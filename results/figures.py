@@ -48,7 +48,7 @@ def how(result: dict) -> str:
         name, recipe = "first fast", FIRST_FAST
     words = [name, f"{result['epochs']} epochs"]
     for name in (field.name for field in fields(recipe)):
-        value = result.get(name, getattr(recipe, name))  # settings that came later were off
+        value = result.get(name, getattr(ANCESTOR, name))  # settings that came later were off, as they are there
         if name not in ("data", "epochs", "width") and str(value) != str(getattr(recipe, name)):
             words.append(f"{name} {value}".replace("_", " "))
     if result.get("processes", 1) > 1:
