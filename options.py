@@ -38,6 +38,7 @@ class Options:
     whiten: float = None  # Epsilon of the whitening of the first convolution, 0 for none [the recipe's]
     norm_bias_lr: float = None  # Times the learning rate for the norms' biases; but 1, no scales [the recipe's]
     ema: float = None  # Part of the weights' moving average that a step keeps, 0 for none [the recipe's]
+    muon: float = None  # Times the learning rate for Muon's steps of convolutions, 0 for SGD's [the recipe's]
     norm: Annotated[str, {"choices": ["batch", "layer", "group"]}] = "batch"  # Normalisation layers
     seed: int = 0  # Of the weights, the order of the images and their augmentation
     runs: int = 1  # Seeds to train one after the other, from --seed on

@@ -131,13 +131,14 @@ class Recipe:
     whiten: float  # epsilon of the whitening of the first convolution, 0 for none
     norm_bias_lr: float  # the norms' biases have so many times the learning rate; unless it is 1, no norm has a scale
     ema: float  # part of the average of the weights that is kept at a step, 0 for no average
+    muon: float  # convolutions take Muon's steps, at so many times the learning rate, 0 for SGD's
 
     def __post_init__(self):
         for name, least, most in (
             ("epochs", 1, 10_000), ("bs", 2, 1_000_000), ("lr", 0, 1_000), ("momentum", 0, 1), ("wd", 0, 1),
             ("label_smoothing", 0, 1), ("logit_scale", 0, 1_000), ("width", 1, 4096),
             ("flip", 0, 1), ("pad", 0, 31), ("cutout", 0, 32), ("cutmix", 0, 1_000),
-            ("whiten", 0, 1), ("norm_bias_lr", 0, 1_000), ("ema", 0, 0.9999),
+            ("whiten", 0, 1), ("norm_bias_lr", 0, 1_000), ("ema", 0, 0.9999), ("muon", 0, 1_000),
         ):  # fmt: skip
             value = getattr(self, name)
             above_0 = name in ("lr", "momentum", "logit_scale", "norm_bias_lr")  # Nesterov needs a momentum
@@ -171,6 +172,7 @@ ANCESTOR = Recipe(
     whiten=0.0,
     norm_bias_lr=1.0,
     ema=0.0,
+    muon=0.0,
 )
 # torch's OneCycleLR with pct_start 0.208, over 24 epochs of 98 batches: that puts the peak at step 0.208 * 2352 - 1 of
 # 2352, and the end one step before the last.
@@ -188,6 +190,7 @@ FAST = replace(
     flips="alternating",  # no image comes twice in a row the same way round, as by chance half of them do
     whiten=0.01,  # neighbouring pixels are alike; without it the network learns that first
     ema=0.99,  # the mean of about a hundred steps, an epoch
+    muon=0.1,  # no direction of a layer waits for the few that its gradients are largest in
 )
 
 RECIPES = {

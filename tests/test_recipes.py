@@ -106,7 +106,7 @@ def test_a_recipe_trains_by_name(tmp_path, capsys, name):
 def test_any_option_goes_over_the_recipe(tmp_path, capsys):
     changes = {"momentum": 0.8, "wd": 0.001, "label_smoothing": 0.2, "logit_scale": 0.5}
     changes |= {"flip": 0.4, "flips": "alternating", "pad": 2, "cutout": 0, "cutmix": 1.0}
-    changes |= {"whiten": 0.02, "norm_bias_lr": 8.0, "ema": 0.9}
+    changes |= {"whiten": 0.02, "norm_bias_lr": 8.0, "ema": 0.9, "muon": 0.2}
     main(recipe="fast", data="digits", width=2, epochs=1, bs=256, device="cpu", out=str(tmp_path / "run"), **changes)
     assert changes.items() <= json.loads((tmp_path / "run/config.json").read_text()).items()
     without_option = {"schedule", "nesterov"}

@@ -45,7 +45,8 @@ def get_learner(
     model = CustomResNet(len(dls.vocab), recipe.width, norm, recipe.logit_scale).to(dls.device)
     lazy = {Recorder: LazyRecorder, ProgressCallback: LazyProgress}
     cbs = [*(lazy.get(cb, cb) for cb in defaults.callbacks), ChannelsLast()]
-    cbs.append(MixedPrecision(choose_precision(precision, dls.device)))
+    precision = choose_precision(precision, dls.device)
+    cbs.append(MixedPrecision(precision))
     if dls.device.type == "cuda":
         # Batches have one shape: cuDNN tries its ways once and keeps the best, which is not always the same one.
         torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
@@ -58,7 +59,7 @@ def get_learner(
         "cbs": [*cbs, *recipe_callbacks(recipe, dls, model), *L(kwargs.pop("cbs", None))],
         "default_cbs": False,
     }
-    return StepLearner(dls, model, **{**settings, **optimizer(recipe, model), **kwargs})
+    return StepLearner(dls, model, **{**settings, **optimizer(recipe, model, precision), **kwargs})
 
 
 def recipe_callbacks(recipe: Recipe, dls: DataLoaders, model: CustomResNet) -> list[Callback]:
@@ -74,10 +75,13 @@ def recipe_callbacks(recipe: Recipe, dls: DataLoaders, model: CustomResNet) -> l
     return cbs
 
 
-def optimizer(recipe: Recipe, model: CustomResNet) -> dict:
+def optimizer(recipe: Recipe, model: CustomResNet, precision: str) -> dict:
     """The recipe's SGD and its groups of parameters, as `Learner` takes them."""
-    fused = next(model.parameters()).device.type == "cuda"
-    opt_func = partial(SGD, momentum=recipe.momentum, nesterov=recipe.nesterov, fused=fused)
+    opt_func = partial(SGD, momentum=recipe.momentum, nesterov=recipe.nesterov)
+    if recipe.muon:
+        opt_func = partial(opt_func, muon=recipe.muon, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
+    elif next(model.parameters()).device.type == "cuda":
+        opt_func = partial(opt_func, fused=True)
     if recipe.norm_bias_lr == 1:
         return {"opt_func": opt_func, "splitter": body_and_head}
     for norm in norms(model):

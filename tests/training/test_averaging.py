@@ -89,7 +89,7 @@ def test_few_steps_leave_the_trained_weights(tmp_path):
 
 @pytest.mark.parametrize(("epoch", "batch", "training"), [(1, 7, True), (1, 3, False), (2, 0, True)])
 def test_a_stopped_average_goes_on_bit_for_bit(tmp_path, capsys, epoch, batch, training):
-    options = {**OPTIONS, "epochs": 3, "ema": 0.9, "whiten": 0.01, "norm_bias_lr": 16.0}
+    options = {**OPTIONS, "epochs": 3, "ema": 0.9, "whiten": 0.01, "norm_bias_lr": 16.0, "muon": 0.1}
     main(**options, out=str(tmp_path / "whole"))
     with pytest.raises(Stopped):
         main(StopAt(epoch, batch, training), **options, out=str(tmp_path / "stopped"))

@@ -20,7 +20,7 @@ from errors import InputError, Stopped
 # a maximum is in two places, or nearly, rounding decides which of them learns, for one process with two threads, too.
 SMALL = {"bs": 16, "cutout": 0, "width": 4, "epochs": 3, "lr": "0.001", "device": "cpu", "norm": "layer"}
 SMALL |= {"precision": "fp32", "no_lr_find": True, "no_pictures": True}  # sums differ less than bf16 can tell apart
-SMALL |= {"flips": "alternating", "whiten": 1.0, "norm_bias_lr": 4.0, "ema": 0.9}
+SMALL |= {"flips": "alternating", "whiten": 1.0, "norm_bias_lr": 4.0, "ema": 0.9, "muon": 0.1}
 # The command, and at some batch of epoch 2 a signal from rank 1 to itself; at the end what each rank has learned.
 SCRIPT = f"""
 import hashlib, os, signal, sys

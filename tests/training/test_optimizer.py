@@ -1,4 +1,4 @@
-"""The optimiser: hyper-parameters where fastai's callbacks look for them, and norm biases with a rate of their own."""
+"""The optimiser: hyper-parameters where fastai's callbacks look for them, norm biases with a rate of their own, Muon."""
 
 import pytest
 import torch
@@ -9,6 +9,7 @@ from torch import nn
 from data import get_dls
 from recipes import get_recipe
 from train_fastai import get_learner
+from training.optimizer import SGD, orthogonal
 
 
 def small(tmp_path, **changes):
@@ -61,3 +62,68 @@ def test_their_weight_decay_is_divided(tmp_path):
     with learn.no_bar(), learn.no_logging():
         learn.fit(0, 0.01)
     assert [g["weight_decay"] for g in learn.opt.opt.param_groups] == pytest.approx([0.1, 0.8, 0.8])
+
+
+def test_an_orthogonal_matrix_turns_all_directions_as_they_were():
+    u, v = (torch.linalg.qr(torch.randn(64, 16))[0][:n] for n in (16, 64))
+    u, _ = torch.linalg.qr(u)
+    values = torch.linspace(0.01, 1, 16)
+    made = u.T @ orthogonal(u @ torch.diag(values) @ v.T) @ v
+    assert 0.6 < made.diag().min() < made.diag().max() < 1.3
+    assert (made - torch.diag(made.diag())).abs().max() < 1e-4
+    assert torch.allclose(orthogonal(1000 * u), orthogonal(u), atol=1e-4), "whatever the gradient's scale is"
+
+
+def steps(opt, parameters, grads):
+    """What the parameters become in as many steps as there are lists of gradients."""
+    for step in grads:
+        for p, grad in zip(parameters, step, strict=True):
+            p.grad = None if grad is None else grad.clone()
+        opt.step()
+    return [p.detach().clone() for p in parameters]
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_convolutions_take_the_steps_of_torchs_muon(nesterov):
+    torch.manual_seed(0)
+    weights, grads = torch.randn(8, 4, 3, 3), [[torch.randn(8, 4, 3, 3)] for _ in range(4)]
+    conv = nn.Parameter(weights.to(memory_format=torch.channels_last))
+    ours = SGD([conv], lr=0.4, momentum=0.9, nesterov=nesterov, muon=0.1, dtype=torch.bfloat16)
+    ours.set_hyper("wd", 0.5)
+    matrix = nn.Parameter(weights.flatten(1).clone())
+    torchs = torch.optim.Muon([matrix], lr=0.04, momentum=0.9, nesterov=nesterov, weight_decay=0)
+    for (grad,) in grads:
+        with torch.no_grad():
+            matrix.mul_(8**0.5 / matrix.norm())  # they keep the norm that a step has
+        steps(ours.opt, [conv], [[grad]])
+        steps(torchs, [matrix], [[grad.flatten(1)]])
+        torch.testing.assert_close(conv.flatten(1), matrix, atol=2e-3, rtol=0)
+    assert torch.equal(conv.grad, grads[-1][0]), "for callbacks that look at it"
+
+
+def test_what_is_no_convolution_over_features_takes_the_steps_of_sgd():
+    torch.manual_seed(0)
+    shapes = [(8, 3, 3, 3), (8,), (10, 8)]
+    start, grads = [torch.randn(s) for s in shapes], [[torch.randn(s) for s in shapes] for _ in range(3)]
+    ends = []
+    for muon in (0.0, 0.1):
+        parameters = [nn.Parameter(w.clone()) for w in start]
+        opt = SGD(parameters, lr=0.1, momentum=0.9, nesterov=True, muon=muon)
+        opt.set_hyper("wd", 0.01)
+        ends.append(steps(opt.opt, parameters, grads))
+    assert all(map(torch.equal, *ends))
+
+
+def test_a_frozen_convolution_stays_under_muon():
+    conv = nn.Parameter(torch.ones(4, 4, 3, 3))
+    (end,) = steps(SGD([conv], lr=0.1, momentum=0.9, nesterov=True, muon=0.1).opt, [conv], [[None], [None]])
+    assert torch.equal(end, torch.ones(4, 4, 3, 3))
+
+
+def test_muon_trains_the_network(tmp_path):
+    learn = small(tmp_path, muon=1.0)
+    with learn.no_bar(), learn.no_logging():
+        learn.fit_one_cycle(4)
+    *_, accuracy = learn.validate()
+    assert accuracy > 0.5
+    assert len(learn.opt.hypers) == 2, "the groups for freeze and slices are the body and the head"
