@@ -65,7 +65,7 @@ import torch
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from speed import table
-from steps import BARE, BY_HAND, OURS, by_hand, fit, loop
+from steps import BARE, BY_HAND, MUON, OURS, by_hand, fit, loop
 from ways import BS, noise
 
 import options as run_options
@@ -95,7 +95,8 @@ class Bench:
         for way, batches in ways.items():
             first, *times = (loop(step, batches, self.device) for _ in range(self.options.rounds + 1))
             rows.append({"way": way, **self._times(first, times), "whole epoch": None})
-        return [*rows, self._epochs(OURS, self._learner())]
+        ours = [(OURS, 0.0), (MUON, get_recipe("fast").muon)]
+        return [*rows, *(self._epochs(way, self._learner(muon=muon)) for way, muon in ours)]
 
     def loader(self) -> list[dict]:
         dls, step, firsts, others = self._dls(), self._step(), [], []
@@ -137,8 +138,8 @@ class Bench:
     def _dls(self, workers: int | None = None) -> DataLoaders:
         return get_dls(self.table, workers=workers, device=self.device)
 
-    def _learner(self, precision: str = "auto") -> Learner:
-        recipe = get_recipe("fast", width=self.options.width)
+    def _learner(self, precision: str = "auto", muon: float = 0.0) -> Learner:
+        recipe = get_recipe("fast", width=self.options.width, muon=muon)
         return get_learner(self._dls(), recipe, precision=precision, path=self.folder)
 
     def _step(self):

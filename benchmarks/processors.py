@@ -11,7 +11,7 @@ from statistics import median
 from time import perf_counter
 
 import torch
-from steps import BARE, BY_HAND, OURS, steps
+from steps import BARE, BY_HAND, MUON, OURS, steps
 from torch.utils.flop_counter import FlopCounterMode
 
 from model import CustomResNet
@@ -97,7 +97,7 @@ def precision(rounds: int = 4) -> list[dict]:
             reached = speed[BARE] * flops_an_image(width) / 1e9
             rows.append({
                 "width": width, "precision": name, **{way: speed[way] for way in (BARE, BY_HAND, OURS)},
-                "our time / by hand": times[OURS] / times[BY_HAND],
+                "our time / by hand": times[OURS] / times[BY_HAND], "Muon / SGD": times[MUON] / times[OURS],
                 "GFLOP/s": reached, "of matrix products": reached / rates[name],
             })  # fmt: skip
     return rows

@@ -23,8 +23,9 @@ from training.callbacks import CompiledTraining
 from training.history import RunLog
 from training.precision import choose_precision
 
-RECIPE = get_recipe("fast")
+RECIPE = get_recipe("fast", muon=0.0)  # with torch's SGD, as a loop by hand would have it
 BARE, BY_HAND, OURS = "bare network, one batch", "hand-written loop, our loader", "our Learner"
+MUON = f"{OURS}, convolutions by Muon"
 
 
 def by_hand(device: torch.device, width: int, compiled: bool, precision: str):
@@ -97,8 +98,8 @@ def steps(
         step = by_hand(device, width, compiled, precision)
         return lambda: loop(step, batches, device)
 
-    def ours(compiled=False):
-        dls, recipe = get_dls(table, device=device), get_recipe("fast", width=width)
+    def ours(compiled=False, muon=0.0):
+        dls, recipe = get_dls(table, device=device), get_recipe("fast", width=width, muon=muon)
         learn = get_learner(dls, recipe, precision=precision, path=folder.name)
         if compiled:
             learn.add_cb(CompiledTraining(learn))
@@ -120,6 +121,7 @@ def steps(
 
     dls = get_dls(table, device=device)
     ways = {BARE: hand_written(fixed), BY_HAND: hand_written(lambda: dls.train), OURS: ours()}
+    ways[MUON] = ours(muon=get_recipe("fast").muon)
     if compiled:
         ways |= {f"{BARE}, compiled": hand_written(fixed, True), f"{OURS}, compiled": ours(True)}
     if gpu:
@@ -156,6 +158,8 @@ def summary(rows: list[dict]) -> str:
         f"{best[OURS] / best[BARE]:.3f} x the bare network's",
         *(f"{name}: {best[name] / best[OURS]:.2f} x our Learner" for name in best if name.startswith("peer")),
     ]
+    if MUON in best:
+        lines.append(f"Muon: {best[MUON] / best[OURS]:.3f} x the time of SGD's steps")
     if f"{OURS}, deterministic" in best:
         lines.append(f"--deterministic: {best[f'{OURS}, deterministic'] / best[OURS]:.2f} x the time")
     if f"{OURS}, compiled" in best:

@@ -8,7 +8,7 @@ from pathlib import Path
 from errors import InputError
 from files import LOCK, leftovers, to_disk, write_json
 from options import Options
-from recipes import Recipe
+from recipes import ANCESTOR, Recipe
 
 SETTINGS = (*Recipe.__annotations__, "recipe", "precision", "norm", "seed", "valid", "valid_pct", "sync_bn", "compile")
 SETTINGS += ("deterministic", "fingerprint")
@@ -115,6 +115,8 @@ class Run:
         """Raise InputError where it was started with other settings or images: it cannot be gone on with."""
         before = self.config()
         for name in SETTINGS:
-            if before.get(name, config[name]) != config[name]:  # what an older version did not write is as it was
+            # What an older version did not write it had not: in a recipe that was off, as it is in the ancestor.
+            was = before.get(name, getattr(ANCESTOR, name, config[name]))
+            if was != config[name]:
                 what = "the images are others" if name == "fingerprint" else f"{name} is {config[name]}"
-                raise InputError(f"--resume {self}: {what}, but it was started with {before[name]}; start anew")
+                raise InputError(f"--resume {self}: {what}, but it was started with {was}; start anew")

@@ -229,6 +229,16 @@ def test_a_run_of_an_earlier_version_goes_on_with_the_defaults_of_what_it_lacks(
     assert same(outcome(stopped), outcome(tmp_path / "whole"))
 
 
+def test_what_a_recipe_has_since_the_run_was_started_is_refused(tmp_path, capsys):
+    with pytest.raises(Stopped):
+        main(cbs=StopAt(1, 2), **SMALL, recipe="fast", out=str(tmp_path))
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["options"]["muon"], config["muon"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=r"muon is 0\.1, but it was started with 0\.0; start anew"):
+        main(resume=str(tmp_path))
+
+
 def test_no_run_no_resume(tmp_path):
     with pytest.raises(InputError, match=r"nothing: not the folder of a run, no config\.json"):
         main(resume=str(tmp_path / "nothing"))
