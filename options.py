@@ -26,7 +26,7 @@ class Options:
     lr: str = None  # Peak learning rate, or auto for the range test's suggestion [the recipe's]
     bs: int = None  # Images a batch [the recipe's]
     width: int = None  # Channels of the network's first stage [the recipe's]
-    momentum: float = None  # Of SGD [the recipe's]
+    momentum: float = None  # Of SGD and of Muon [the recipe's]
     wd: float = None  # Weight decay [the recipe's]
     label_smoothing: float = None  # Part of the target that is spread over all classes [the recipe's]
     logit_scale: float = None  # What the network's output is multiplied by [the recipe's]

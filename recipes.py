@@ -110,7 +110,7 @@ FLIPS = ("random", "alternating")
 
 @dataclass(frozen=True)
 class Recipe:
-    """SGD under a schedule: all that a run depends on, but for its seed. Raises InputError for a value out of range."""
+    """SGD or Muon under a schedule: all that a run depends on but its seed. Raises InputError for one out of range."""
 
     data: str  # the data set it is meant for
     epochs: int
@@ -119,7 +119,7 @@ class Recipe:
     schedule: Schedule
     momentum: float
     nesterov: bool
-    wd: float  # weight decay, on every parameter
+    wd: float  # weight decay, on every parameter but those that Muon trains
     label_smoothing: float
     logit_scale: float
     width: int  # channels of the first stage
@@ -179,9 +179,9 @@ ANCESTOR = Recipe(
 TORCH_ONE_CYCLE = Linear(((0, 1 / 256), (488.216 / 2352, 1), (2351 / 2352, 0), (1, 0)))
 # The run this project descends from: no weight decay, the logits as they are.
 SEED = replace(ANCESTOR, lr=0.1, schedule=TORCH_ONE_CYCLE, nesterov=False, wd=0.0, logit_scale=1.0)
-# What Page's "bag of tricks" found for this network, as far as it leaves the layers alone, and Jordan's alternating
-# flips; results/README.md has what each gained there, and here. His fast norm biases (`norm_bias_lr` 64, with logits
-# x 1/16) are left out: he has CELU, and behind ReLU they cost more than they gain.
+# What Page's "bag of tricks" found for this network, as far as it leaves the layers alone, with Jordan's alternating
+# flips and Muon; results/README.md has what each gained there, and here. Page's fast norm biases (`norm_bias_lr` 64,
+# with logits x 1/16) are left out: he has CELU, and behind ReLU they cost more than they gain.
 FAST = replace(
     ANCESTOR,
     # A cosine up to the peak and down to a tenth of it: where the weights are averaged, nothing need fall to nothing.
