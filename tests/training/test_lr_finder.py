@@ -7,6 +7,7 @@ import torch
 
 from data import get_dls
 from images.table import ImageTable
+from recipes import RECIPES, get_recipe
 from train_fastai import get_learner
 from training.lr_finder import METHODS, RangeTest, edge, range_test, undisturbed
 
@@ -43,9 +44,10 @@ def same(a, b):
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
+@pytest.mark.parametrize("recipe", [RECIPES["demo"], get_recipe("fast", width=4)], ids=["demo", "fast"])
 @pytest.mark.parametrize("after_a_fit", [False, True])
-def test_nothing_is_disturbed(tmp_path, after_a_fit):
-    learn = small_learner(path=tmp_path)
+def test_nothing_is_disturbed(tmp_path, after_a_fit, recipe):
+    learn = small_learner(recipe=recipe, path=tmp_path)
     if after_a_fit:
         with learn.no_logging():
             learn.fit(1)
