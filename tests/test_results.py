@@ -12,10 +12,11 @@ import figures
 import make
 
 from errors import InputError
+from recipes import RECIPES
 
 RUN = {
     "recipe": "fast", "epochs": 2, "source": "cifar10", "width": 64, "valid": "test", "device_name": "a GPU",
-    "parameters": 6_573_130, "norm": "batch", "seed": 0, "whiten": 0.01, "last_accuracy": 0.9, "tta_accuracy": 0.91,
+    "parameters": 6_573_130, "norm": "batch", "seed": 0, "last_accuracy": 0.9, "tta_accuracy": 0.91,
     "options": {"out": "/home/me/run"}, "calibration_error": 0.01,
     "history": [{"epoch": n, "valid_accuracy": n / 3, "seconds": 4 - n} for n in (1, 2)],
 }  # fmt: skip
@@ -41,7 +42,9 @@ def place(tmp_path, monkeypatch):
     def run(**changes):
         folder = tmp_path / f"run-{len(list(tmp_path.iterdir()))}"
         folder.mkdir()
-        (folder / "result.json").write_text(json.dumps(RUN | changes))
+        recipe = vars(RECIPES[changes.get("recipe", "fast")]).copy()
+        recipe["schedule"] = str(recipe["schedule"])
+        (folder / "result.json").write_text(json.dumps(recipe | RUN | changes))
         return str(folder)
 
     return run
@@ -60,7 +63,7 @@ def test_the_pictures_show_what_the_files_say():
 
 
 def test_runs_become_lines_and_a_picture(place, tmp_path):
-    seed = place(recipe="seed", whiten=0.0, last_accuracy=0.8, tta_accuracy=None)
+    seed = place(recipe="seed", last_accuracy=0.8, tta_accuracy=None)
     make.main([seed, place(), place(seed=1, last_accuracy=0.92), place(width=16, last_accuracy=0.3)])
     readme = (tmp_path / "results/README.md").read_text()
     assert "old" not in readme
