@@ -366,4 +366,4 @@ def test_the_benchmark_saves_what_it_has_measured(tmp_path, capsys):
         figures = json.loads((tmp_path / f"{part}.json").read_text())
         assert figures["device"] in capsys.readouterr().out
         assert all(value is None or value for row in figures[part] for value in row.values())
-        assert len(figures[part]) == {"steps": 3, "loader": 2}[part]
+        assert len(figures[part]) == {"steps": 4, "loader": 2}[part]
