@@ -85,8 +85,10 @@ class Muon(torch.optim.SGD):
         return loss
 
     def _step(self, p: Tensor, lr: float, momentum: float, nesterov: bool) -> None:
-        mean = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p.grad))
-        mean.mul_(momentum).add_(p.grad)
+        state = self.state[p]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(p.grad)
+        mean = state["momentum_buffer"].mul_(momentum).add_(p.grad)
         update = p.grad + momentum * mean if nesterov else mean
         p.mul_(len(p) ** 0.5 / p.norm())
         p.sub_(lr * orthogonal(update.flatten(1).to(self.dtype)).view_as(p))
