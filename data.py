@@ -44,8 +44,10 @@ def whole(function: Callable) -> ItemTransform:
     return transform
 
 
-def rgb_image(o: str | Path | bytes | np.ndarray | Image.Image) -> PILImage:
-    """A path, bytes, PIL image of any mode or uint8 array (H, W) or (H, W, 1, 3 or 4) → 32x32 RGB `PILImage`."""
+def rgb_image(o: str | Path | bytes | np.ndarray | Image.Image | torch.Tensor) -> PILImage:
+    """A path, bytes, PIL image of any mode, uint8 array (H, W) or (H, W, 1, 3 or 4), or uint8 `TensorImage` (3, H, W)
+    → 32x32 RGB `PILImage`.
+    """
     if isinstance(o, np.ndarray) and o.ndim == 3 and o.shape[2] == 1:
         o = o[..., 0]
     if isinstance(o, str | Path | bytes):

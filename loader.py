@@ -38,16 +38,16 @@ class Augment(Transform):
     """Augmentation of training images as fastai's item transform; `KeyedDL` has its `pipeline` take whole batches.
 
     pipeline: uint8 (n, 32, 32, 3), an epoch, n positions in it and n rows of the table → the same shape.
-    key: (epoch, position, row) of an item.
+    key: (epoch, position, row) of the item under way. A loader of another kind gives none: then chance does.
     """
 
     split_idx = 0
 
     def __init__(self, pipeline: Callable[[np.ndarray, int, Sequence[int], Sequence[int]], np.ndarray]):
-        self.pipeline, self.key = pipeline, (0, 0, 0)
+        self.pipeline, self.key = pipeline, None
 
     def encodes(self, image: PILImage):
-        epoch, position, row = self.key
+        epoch, position, row = self.key or (random.getrandbits(32) for _ in range(3))
         return PILImage.create(self.pipeline(np.asarray(image)[None], epoch, [position], [row])[0])
 
 
@@ -93,12 +93,11 @@ class Batches(Dataset):
         return _typed(torch.from_numpy(images), *labels)
 
     def _item(self, epoch: int, position: int, row: int) -> tuple | None:
-        for augment in self.augments:
-            augment.key = epoch, position, row
         random.seed(f"{self.seed} {epoch} {position}")  # what other transforms draw is keyed, too
         np.random.seed(random.getrandbits(32))
         torch.default_generator.manual_seed(random.getrandbits(32))
-        return self.by_item.do_item(row)
+        with _keyed(self.transforms, epoch, position, row):
+            return self.by_item.do_item(row)
 
 
 class KeyedDL(TfmdDL):
@@ -138,7 +137,8 @@ class KeyedDL(TfmdDL):
 
     def new(self, dataset=None, cls=None, **kwargs):
         if dataset is None:
-            kwargs = {"seed": self.seed, **kwargs}
+            # Where it is told its order, as by `get_preds`, it looks at images, and each look is another draw.
+            kwargs = {"seed": None if "get_idxs" in kwargs else self.seed, **kwargs}
         elif not len(dataset):  # that of an export, where no file is to need what augments
             kwargs = {"after_item": [t for t in self.after_item.fs if not isinstance(t, Augment)], **kwargs}
         return super().new(dataset, cls, **kwargs)
@@ -152,10 +152,8 @@ class KeyedDL(TfmdDL):
             self.epoch = epoch
 
     def do_item(self, s):
-        for t in self.after_item.fs:
-            if isinstance(t, Augment):  # items from elsewhere; only `tta` augments them
-                t.key = self.epoch, s or 0, s or 0
-        return super().do_item(s)
+        with _keyed(self.after_item.fs, max(self.epoch, 0), s or 0, s or 0):  # only `tta` augments items from elsewhere
+            return super().do_item(s)
 
     def before_iter(self):
         super().before_iter()
@@ -222,7 +220,7 @@ class KeyedDL(TfmdDL):
         return keys
 
     def get_idxs(self):
-        return super().get_idxs() if self.seed is None else self._order(self.epoch)
+        return super().get_idxs() if self.seed is None else self._order(max(self.epoch, 0))
 
     def _order(self, epoch: int) -> np.ndarray:
         # As an array: fastai's lists of numbers take five times the room, in every process.
@@ -289,6 +287,19 @@ def _stop_workers(running: Iterator, owner: int):
         running._shutdown_workers()
     else:
         COPIES.append(running)
+
+
+@contextmanager
+def _keyed(transforms: Sequence[Transform], *key: int) -> Iterator[None]:
+    """Within this the augmentations among `transforms` have this key."""
+    augments = [t for t in transforms if isinstance(t, Augment)]
+    for t in augments:
+        t.key = key
+    try:
+        yield
+    finally:
+        for t in augments:
+            t.key = None
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import hashlib
 import unicodedata
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import NamedTuple
@@ -47,15 +48,19 @@ class ImageTable:
         return len(self.rows)
 
     def __getitem__(self, i):
-        if np.ndim(i) == 0:
-            row = self.rows[i]
-            return Item(self.images[row], self.classes[self.labels[row]])
-        return replace(self, rows=self.rows[i])
+        rows = self.rows[i]
+        if np.ndim(rows) == 0:
+            return Item(self.images[rows], self.classes[self.labels[rows]])
+        return replace(self, rows=rows)
 
     @property
     def iloc(self) -> "ImageTable":
         """fastai takes subsets of table-like items through `.iloc`; with it, the splits share these pixels."""
         return self
+
+    def itertuples(self) -> Iterator[Item]:
+        """The items one by one; fastai goes over a subset of table-like items by this name."""
+        return (self[i] for i in range(len(self)))
 
     def batch(self, indices: list[int]) -> tuple[np.ndarray, np.ndarray]:
         """A copy of the pixels, uint8 (n, 32, 32, 3), and the labels, int64 (n,)."""
