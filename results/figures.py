@@ -24,10 +24,14 @@ def file_name(*words) -> str:
     return re.sub(r"[^a-z0-9]+", "-", " ".join(map(str, words)).lower()).strip("-")
 
 
+def result_of(folder: Path) -> dict:
+    """The run's result without its options, which hold paths of the machine; what counts of them stands beside them."""
+    return {name: value for name, value in Run(folder).result().items() if name != "options"}
+
+
 def take_in(folder: Path, results: Path | None = None) -> Path:
     """Copy the run's result to `results` under a name of its own: what it trained, on what data, and its seed."""
-    result = Run(folder).result()
-    result.pop("options", None)  # with paths of the machine; what counts of them stands beside them
+    result = result_of(folder)
     path = (results or HERE / "runs") / f"{file_name(how(result), *where(result), 'seed', result['seed'])}.json"
     write_json(path, result)
     return path

@@ -65,13 +65,19 @@ def accuracy_table() -> str:
     return markdown_table(names, rows)
 
 
+def unchanged(groups: dict[str, list[dict]]) -> dict[str, list[dict]]:
+    """Those that trained a recipe as it is."""
+    names = (f"{name}, {recipe.epochs} epochs" for name, recipe in RECIPES.items())
+    return {name: groups[name] for name in names if name in groups}
+
+
 def front_table() -> str:
-    """A line for each recipe and network on CIFAR-10, the widest first: the README's first table."""
+    """A line for each unchanged recipe and network on CIFAR-10, the widest first: the README's first table."""
     rows = []
     for (source, width, valid, precision), groups in results().items():
         if (source, valid) != ("cifar10", "test"):
             continue
-        for name, runs in groups.items():
+        for name, runs in unchanged(groups).items():
             last, tta = percent(runs), percent(runs, "tta_accuracy")
             network = f"{runs[0]['parameters'] / 1e6:.2f} M parameters" + ("" if width == 64 else f", width {width}")
             seconds, machine = epoch_time(runs)
@@ -194,7 +200,8 @@ def made_pictures() -> dict[Path, tuple]:
     for place, groups in tested.items():
         if len(groups) > 1:
             pictures[HERE / f"{file_name(*place)}.png"] = (save_comparison, groups)
-    if ours := [(place[1], groups) for place, groups in tested.items() if place[0] == "cifar10"]:
+    ours = [(place[1], unchanged(groups)) for place, groups in tested.items() if place[0] == "cifar10"]
+    if ours := [(width, groups) for width, groups in ours if groups]:
         pictures[HERE / "curves.png"] = (save_front_curves, max(ours, key=itemgetter(0))[1])
     return pictures
 

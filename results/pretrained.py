@@ -12,13 +12,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from figures import result_of
+
 from errors import parse
 from files import write_json
 from options import read_config
 from reporting.card import write_card
 from trained.loading import model_file
 from trained.safe_file import load_safetensors, save_half
-from training.run import Run
 
 PICTURES = ("accuracy", "loss", "schedule", "confusion", "classes", "reliability")
 
@@ -29,9 +30,8 @@ def main(
 ):
     """Make pretrained/ from a run."""
     run, out = Path(run), Path(out)
-    file, result = model_file(run, [".safetensors"]), Run(run).result()
+    file, result = model_file(run, [".safetensors"]), result_of(run)
     _, options = read_config(run)
-    result.pop("options")  # with paths of the machine
     out.mkdir(exist_ok=True)
     save_half(*load_safetensors(file), out / "model.safetensors")
     write_json(out / "result.json", result)

@@ -15,7 +15,7 @@ from errors import InputError
 from recipes import RECIPES
 
 RUN = {
-    "recipe": "fast", "epochs": 2, "source": "cifar10", "width": 64, "valid": "test", "device_name": "a GPU",
+    "recipe": "fast", "epochs": 24, "source": "cifar10", "width": 64, "valid": "test", "device_name": "a GPU",
     "parameters": 6_573_130, "norm": "batch", "seed": 0, "last_accuracy": 0.9, "tta_accuracy": 0.91,
     "options": {"out": "/home/me/run"}, "calibration_error": 0.01,
     "history": [{"epoch": n, "valid_accuracy": n / 3, "seconds": 4 - n} for n in (1, 2)],
@@ -69,14 +69,14 @@ def test_runs_become_lines_and_a_picture(place, tmp_path):
     assert "old" not in readme
     assert readme.count("by hand") == 2
     front = (tmp_path / "README.md").read_text()
-    assert "fast, 2 epochs | 6.57 M parameters | 2 | 91.00 ± 1.41 | 91.00 ± 0.00 | 0.0833 on a GPU, in fp32" in front
+    assert "fast, 24 epochs | 6.57 M parameters | 2 | 91.00 ± 1.41 | 91.00 ± 0.00 | 1 on a GPU, in fp32" in front
     rows = [
         [cell.strip() for cell in line.split("|")[2:-1]] for line in readme.splitlines() if " epochs | width" in line
     ]
     assert rows == [
-        ["fast, 2 epochs", "width 16, 6.57 M", "fp32", "1", "30.00", "30.00, 30.00", "91.00", "2.5 s, a GPU"],
+        ["fast, 24 epochs", "width 16, 6.57 M", "fp32", "1", "30.00", "30.00, 30.00", "91.00", "2.5 s, a GPU"],
         [
-            "fast, 2 epochs",
+            "fast, 24 epochs",
             "width 64, 6.57 M",
             "fp32",
             "2",
@@ -85,7 +85,7 @@ def test_runs_become_lines_and_a_picture(place, tmp_path):
             "91.00 ± 0.00",
             "2.5 s, a GPU",
         ],
-        ["seed, 2 epochs", "width 64, 6.57 M", "fp32", "1", "80.00", "80.00, 80.00", "–", "2.5 s, a GPU"],
+        ["seed, 24 epochs", "width 64, 6.57 M", "fp32", "1", "80.00", "80.00, 80.00", "–", "2.5 s, a GPU"],
     ]
     kept = list((tmp_path / "results/runs").iterdir())
     assert len(kept) == 4
@@ -94,7 +94,7 @@ def test_runs_become_lines_and_a_picture(place, tmp_path):
     assert [path.name for path in pictures] == ["schedules.png", "cifar10-64-test-fp32.png", "curves.png"]
     assert all(Image.open(path).text["Comment"] == make.digest(drawn) for path, (_, drawn) in pictures.items())
 
-    result = tmp_path / "results/runs/seed-2-epochs-cifar10-64-test-fp32-seed-0.json"
+    result = tmp_path / "results/runs/seed-24-epochs-cifar10-64-test-fp32-seed-0.json"
     result.write_text(json.dumps({**json.loads(result.read_text()), "last_accuracy": 0.81}))
     assert make.made_texts()[tmp_path / "results/README.md"] != readme
     path, (_, drawn) = list(make.made_pictures().items())[1]
@@ -106,12 +106,19 @@ def test_a_changed_setting_is_named_and_compared_on_the_hold_out(place, tmp_path
     make.main([place(**hold_out), place(**hold_out, **changed), place(**hold_out, seed=1)])
     make.main([place(**hold_out, seed=1, **{**changed, "last_accuracy": 0.91}), place(**changed)])
     table = (tmp_path / "results/README.md").read_text()
-    assert "| fast, 2 epochs | 2 | 90.00 ± 0.00 |  |  | 91.00 ± 0.00 |" in table
-    assert "| fast, 2 epochs, wd 0.0 | 2 | 89.50 ± 2.12 | -0.50 ± 2.12 | fast, 2 epochs | 91.00 ± 0.00 |" in table
-    assert "| fast, 2 epochs, wd 0.0 | width 64, 6.57 M | fp32 | 1 | 88.00 |" in table
+    assert "| fast, 24 epochs | 2 | 90.00 ± 0.00 |  |  | 91.00 ± 0.00 |" in table
+    assert "| fast, 24 epochs, wd 0.0 | 2 | 89.50 ± 2.12 | -0.50 ± 2.12 | fast, 24 epochs | 91.00 ± 0.00 |" in table
+    assert "| fast, 24 epochs, wd 0.0 | width 64, 6.57 M | fp32 | 1 | 88.00 |" in table
     front = (tmp_path / "README.md").read_text()
-    assert "| 1 | 88.00 |" in front
     assert "90.00" not in front, "the hold-out's figures are not the test set's"
+    assert "88.00" not in front, "a changed recipe is not the recipe"
+    assert [path.name for path in make.made_pictures()] == ["schedules.png"]
+    make.main([place()])
+    front = (tmp_path / "README.md").read_text()
+    assert "| 1 | 90.00 |" in front
+    assert "88.00" not in front
+    _, (_, drawn) = list(make.made_pictures().items())[-1]
+    assert list(drawn) == ["fast, 24 epochs"]
 
 
 def test_the_same_run_again_takes_its_place(place, tmp_path):
