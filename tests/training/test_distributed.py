@@ -49,6 +49,8 @@ class Probe(Callback):
 
 run_command(train_fastai.train, OPTIONS, [Probe()])
 """
+TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+ACCELERATE = ("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0")
 
 
 @pytest.fixture
@@ -56,9 +58,8 @@ def launch(tmp_path):
     """A function that runs the command with these arguments in two processes."""
     (tmp_path / "train_fastai.py").write_text(SCRIPT)
 
-    def run(given, **env):
-        words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        words.append(str(tmp_path / "train_fastai.py"))
+    def run(given, launcher=TORCHRUN, **env):
+        words = [sys.executable, "-m", *launcher, str(tmp_path / "train_fastai.py")]
         for name, value in given.items():
             words += ["--" + name.replace("_", "-")] + ([] if value is True else [str(value)])
         env = {**os.environ, "OMP_NUM_THREADS": "1", **env}
@@ -117,8 +118,8 @@ def test_a_batch_smaller_than_the_number_of_processes_leaves_some_without():
 def test_two_processes_train_one_network_and_one_of_them_writes(launch, tmp_path):
     given = SMALL | {"data": "digits", "norm": "batch", "epochs": 3, "bs": 32, "lr": "0.2"}
     del given["no_lr_find"]
-    # `accelerate launch` says so where its own configuration does: the precision is that of --precision all the same
-    result = launch({**given, "out": "two"}, ACCELERATE_MIXED_PRECISION="bf16")
+    # Whatever that launcher is told, the precision is that of --precision.
+    result = launch({**given, "out": "two"}, (*ACCELERATE, "--mixed_precision", "bf16"))
     assert result.returncode == 0, result.stderr
     (_, first, _, folder), (_, second, _, other) = sorted(
         (line.split() for line in result.stderr.splitlines() if line.startswith("weights")), key=lambda w: w[3] != "two"
