@@ -55,14 +55,15 @@ WRITERS: dict[str, Callable] = {"onnx": save_onnx, "pt2": save_pt2, "half.safete
 def send(run: Path, repo: str, private: bool = False) -> str:
     """Send the files of `run` that are known to be for all to see to `repo` on the Hugging Face Hub; returns its address.
 
-    Raises InputError where the run has no model card, or the Hub cannot be reached or will not take it.
+    The card that is sent names `repo`. Raises InputError where the run has no model card, or the Hub cannot be reached
+    or will not take it.
     """
     if not (run / "result.json").is_file():  # whatever else lies in a folder is not for all to see
         raise InputError(f"--push: {run} is not the folder of a run that has ended, no result.json in it")
     if not (run / "README.md").is_file():
         raise InputError(f"--push: {run} has no model card; python report.py {run} writes it")
     try:
-        from huggingface_hub import HfApi, get_token
+        from huggingface_hub import CommitOperationAdd, HfApi, get_token
         from huggingface_hub.utils import disable_progress_bars
     except ImportError:
         raise InputError("--push: huggingface_hub is not installed; pip install huggingface_hub") from None
@@ -72,10 +73,13 @@ def send(run: Path, repo: str, private: bool = False) -> str:
         )
     if not sys.stderr.isatty():
         disable_progress_bars()
+    card = (run / "README.md").read_text(encoding="utf-8").replace('"USER/NAME"', f'"{repo}"').encode()
+    paths = {path.relative_to(run).as_posix(): path for pattern in PUBLIC for path in run.glob(pattern)}
     api = HfApi()
     try:
         api.create_repo(repo, private=private, exist_ok=True)
-        api.upload_folder(repo_id=repo, folder_path=run, allow_patterns=PUBLIC, commit_message=f"Add {run.name}")
+        files = [CommitOperationAdd(name, path) for name, path in (paths | {"README.md": card}).items()]
+        api.create_commit(repo, files, commit_message=f"Add {run.name}")
     except Exception as e:  # no network, no right, a wrong name: each is of another type, and they change
         raise InputError(f"--push {repo}: the Hub does not take it ({type(e).__name__}: {e})") from e
     return f"{api.endpoint}/{repo}"

@@ -389,7 +389,7 @@ def run(trained, tmp_path):
     folder.mkdir()
     for name in ("model.safetensors", "model.pkl"):
         (folder / name).write_bytes((trained / name).read_bytes())
-    (folder / "README.md").write_text("# card\n")
+    (folder / "README.md").write_text('# card of "USER/NAME"\n')
     (folder / "result.json").write_text("{}")
     for name in (".lock", ".loss.7.png", "checkpoint.pth", "notes.txt"):  # whose business it is not
         (folder / name).write_text("")
@@ -528,7 +528,7 @@ def test_a_run_is_sent_with_its_card_and_without_logs(run, hub):
     assert header["value"]["summary"] == "Add run"
     assert {file["value"]["path"] for file in files} == {"README.md", "result.json", "model.safetensors", "model.pkl"}
     card = next(file["value"] for file in files if file["value"]["path"] == "README.md")
-    assert base64.b64decode(card["content"]) == b"# card\n"
+    assert base64.b64decode(card["content"]) == b'# card of "me/x"\n'
     sent = {hashlib.sha256(body).hexdigest() for body in hub.store["put"].values()}
     assert sent == {file["value"]["oid"] for file in files if file["key"] == "lfsFile"}
     assert hashlib.sha256((run / "model.safetensors").read_bytes()).hexdigest() in sent
