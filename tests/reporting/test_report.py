@@ -18,6 +18,7 @@ from errors import InputError, parse, run_command
 from images.sources import load_images
 from images.table import ImageTable
 from options import Options
+from recipes import RECIPES
 from reporting import pictures
 from reporting.card import CAPTIONS, write_card
 from reporting.evaluation import Evaluation, evaluate
@@ -220,9 +221,11 @@ def test_a_run_keeps_an_image_of_each_class(run):
 def test_the_recipe_seed_stands_beside_it_where_it_was_measured(run, tmp_path, monkeypatch):
     monkeypatch.setattr(reporting.report, "RESULTS", tmp_path)
     result = json.loads((run / "result.json").read_text())
-    for seed, accuracies in enumerate(((0.2, 0.4), (0.4, 0.8))):
+    settings = {name: str(value) for name, value in vars(RECIPES["seed"]).items() if name != "width"}
+    changed = {"epochs": 3}
+    for seed, (accuracies, more) in enumerate((((0.2, 0.4), {}), ((0.4, 0.8), {}), ((0.9, 0.9, 0.9), changed))):
         history = [{"valid_accuracy": accuracy} for accuracy in accuracies]
-        (tmp_path / f"seed-{seed}.json").write_text(json.dumps(result | {"history": history}))
+        (tmp_path / f"seed-{seed}.json").write_text(json.dumps(result | settings | {"history": history} | more))
     assert reporting.report.seed_curve(result) == pytest.approx([0.3, 0.6])
     assert reporting.report.seed_curve(result | {"recipe": "seed"}) is None, "that is the recipe itself"
     for name in ("source", "fingerprint", "width", "valid"):
