@@ -1,17 +1,9 @@
 """The loader: whole batches of an `ImageTable`, augmented under keys, by worker processes or without any."""
 
-import os
 import random
-import signal
-import threading
-import time
-import warnings
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
-from itertools import cycle, islice, starmap
-from math import prod
+from itertools import islice, starmap
 
 import numpy as np
 import torch
@@ -19,19 +11,12 @@ from fastai.data.core import TfmdDL
 from fastai.data.transforms import ToTensor
 from fastai.torch_core import TensorCategory, TensorImage, to_detach, to_device
 from fastai.vision.core import PILImage
-from fastcore.basics import noop
 from fasttransform import Transform
-from torch.utils.data import DataLoader, Dataset
 
-from errors import InputError
-from images.decoding import SIZE
 from images.table import ImageTable
-from interrupts import NAMES
+from workers import Key, Workers
 
 APART = 2**32  # no training has so many epochs
-AHEAD = 2  # batches that a worker process has ready or under way
-COPIES = []  # of other processes' workers, which a fork has made: torch would stop them with the copy
-warnings.filterwarnings("ignore", "This DataLoader will create")  # more processes than cores, if they are asked for
 
 
 class Augment(Transform):
@@ -51,14 +36,10 @@ class Augment(Transform):
         return PILImage.create(self.pipeline(np.asarray(image)[None], epoch, [position], [row])[0])
 
 
-class Batches(Dataset):
-    """A loader's batches by key: an epoch, the positions in it, and the rows of the `ImageTable` that stand there.
+class Batches:
+    """A loader's batches by key: an epoch, the positions in it, and the rows of the `ImageTable` that stand there."""
 
-    Worker processes leave pixels in shared memory, in the buffer that goes with the key. To make and map some for every
-    batch, as torch does, costs more than to fill it.
-    """
-
-    def __init__(self, loader: "KeyedDL", buffers: int = 0):
+    def __init__(self, loader: "KeyedDL"):
         self.dataset, self.seed, self.transforms = loader.dataset, loader.seed or 0, list(loader.after_item.fs)
         self.augments = [t for t in self.transforms if isinstance(t, Augment) and t.split_idx == self.dataset.split_idx]
         self.by_item = None
@@ -66,20 +47,10 @@ class Batches(Dataset):
             with _generators_kept():  # a new loader draws a seed
                 self.by_item = TfmdDL.new(loader, cls=TfmdDL, num_workers=0)
             self.by_item.before_iter()  # tells the transforms whether these images are to train on
-        if buffers:
-            self.buffers = _shared(buffers, loader.share_size, SIZE, SIZE, 3)
 
-    def suit(self, loader: "KeyedDL") -> bool:
-        """Whether the loader still has these transforms, and its batches fit into the buffers."""
-        return self.transforms == list(loader.after_item.fs) and loader.share_size <= self.buffers.shape[1]
-
-    def __getitem__(self, key: tuple) -> tuple:
-        buffer, key = key
-        batch = x, *labels = self.build(*key)
-        if self.by_item is not None:
-            return batch
-        self.buffers[buffer, : len(x)] = x.permute(0, 2, 3, 1)
-        return buffer, len(x), *(y.numpy() for y in labels)
+    def suits(self, loader: "KeyedDL") -> bool:
+        """Whether the loader still has these transforms."""
+        return self.transforms == list(loader.after_item.fs)
 
     def build(self, epoch: int, positions: range, rows: np.ndarray) -> tuple:
         """uint8 (n, 3, 32, 32) and n labels, as fastai's tensors; what transforms of the user's own make of them."""
@@ -109,8 +80,7 @@ class KeyedDL(TfmdDL):
     """
 
     def __init__(self, dataset, *args, seed: int | None = None, **kwargs):
-        self.seed, self.epoch, self._workers, self._begun = seed, -1, None, None
-        self.looks = 0
+        self.seed, self.epoch, self._workers, self.looks = seed, -1, None, 0
         self.first, self.share = (-1, 0), (0, 1)  # (epoch, batch) to begin at; (which, of how many) of every batch
         super().__init__(dataset, *args, **kwargs)
         if seed is None:  # `tta` makes a new loader for each of its draws
@@ -133,7 +103,7 @@ class KeyedDL(TfmdDL):
         return -(-self.bs // self.share[1])
 
     def __getstate__(self):
-        return {**self.__dict__, "_workers": None, "_begun": None}
+        return {**self.__dict__, "_workers": None}
 
     def new(self, dataset=None, cls=None, **kwargs):
         if dataset is None:
@@ -175,38 +145,21 @@ class KeyedDL(TfmdDL):
         self.after_iter()
 
     def _from_workers(self) -> Iterator[tuple]:
-        workers, keys = self._workers, self._keys(self.epoch)
-        if workers is None or not workers.dataset.suit(self):
-            self._workers = self._begun = workers = None  # the old ones stop before the new ones start
-            workers = self._start_workers()
+        workers = self._workers
+        if workers is None or not workers.builder.suits(self) or self.share_size > workers.size:
+            self._workers = workers = None  # the old ones stop before the new ones start
+            workers = Workers(Batches(self), self.fake_l.num_workers, self.share_size, self.timeout)
             if self.fake_l.persistent_workers:
                 self._workers = workers
-        begun, self._begun = self._begun, None
-        batches, running = workers.dataset, begun[1] if begun and _equal(begun[0], keys) else _begin(workers, keys)
-        for batch in running:
-            if batches.by_item is None:
-                buffer, n, *labels = batch
-                x = batches.buffers[buffer, :n]  # until the next batch is taken; to pin it is to copy it
-                batch = _typed(x if self.pin_memory else x.clone(), *labels)
+        for batch in workers.take(self._keys(self.epoch)):
+            if workers.builder.by_item is None:
+                x, *labels = batch
+                batch = _typed(x if self.pin_memory else x.clone(), *labels)  # to pin it is to copy it
             yield batch
         if workers is self._workers and self.seed is not None:
-            keys = self._keys(self.epoch + 1)  # most likely what is asked for next; validation leaves the time
-            self._begun = keys, _begin(workers, keys)
+            workers.begin(self._keys(self.epoch + 1))  # what is most likely asked for next; validation leaves the time
 
-    def _start_workers(self) -> DataLoader:
-        """Worker processes for as long as what is returned; its `sampler` is a list, for an epoch's keys."""
-        n = self.fake_l.num_workers
-        options = {"num_workers": n, "prefetch_factor": AHEAD, "persistent_workers": True, "timeout": self.timeout}
-        options |= {"collate_fn": noop, "worker_init_fn": partial(_begin_worker, os.getpid())}
-        options["generator"] = torch.Generator()  # their seeds are not from the generator that training draws from
-        batches = Batches(self, buffers=AHEAD * n + 1)  # one more, as one is being taken
-        workers = DataLoader(batches, batch_size=None, sampler=[], **options)
-        # Garbage collection alone would close their queues first and then wait five seconds for each; a finalizer has
-        # them whole, as nothing that it holds leads to this loader.
-        weakref.finalize(workers, _stop_workers, iter(workers), os.getpid())
-        return workers
-
-    def _keys(self, epoch: int) -> list[tuple[int, range, np.ndarray]]:
+    def _keys(self, epoch: int) -> list[Key]:
         """The epoch, the positions in it and the rows of every batch, or of this process's share of it."""
         keys, (first_epoch, first), (rank, size) = [], self.first, self.share
         order = self.get_idxs() if epoch == self.epoch else self._order(epoch)
@@ -239,54 +192,9 @@ class KeyedDL(TfmdDL):
         return super().show_results(*args, **kwargs)
 
 
-def _begin(workers: DataLoader, keys: list[tuple]) -> Iterator[tuple]:
-    """Have the worker processes begin with these batches."""
-    workers.sampler[:] = zip(cycle(range(len(workers.dataset.buffers))), keys)
-    return iter(workers)
-
-
-def _shared(*shape: int) -> torch.Tensor:
-    """uint8 in shared memory."""
-    try:
-        return torch.empty(shape, dtype=torch.uint8).share_memory_()
-    except RuntimeError as e:
-        if "shared memory" not in str(e):
-            raise
-        need = f"the loader's processes share {prod(shape) / 1e6:,.0f} MB, for which /dev/shm has no room"
-        raise InputError(f"{need}; give a container more (docker run --shm-size 1g), or pass fewer --workers") from e
-
-
-def _equal(keys: list[tuple], others: list[tuple]) -> bool:
-    """Whether these are the keys of the same batches."""
-    pairs = zip(keys, others, strict=False)
-    return len(keys) == len(others) and all(a[:2] == b[:2] and np.array_equal(a[2], b[2]) for a, b in pairs)
-
-
 def _typed(x: torch.Tensor, *labels: np.ndarray) -> tuple:
     """fastai's tensors for uint8 (n, H, W, C) and n labels: the first is a view, (n, C, H, W)."""
     return TensorImage(x.permute(0, 3, 1, 2)), *(TensorCategory(torch.from_numpy(y)) for y in labels)
-
-
-def _begin_worker(owner: int, worker: int):
-    """A stop is for the process that trains to hear, and a worker lives no longer than that one."""
-    for number in NAMES:
-        signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_end_with, args=(owner,), daemon=True).start()
-
-
-def _end_with(owner: int):
-    """torch looks who its parent is too late: a worker whose parent has gone before would wait for work for ever."""
-    while os.getppid() == owner:
-        time.sleep(1)
-    os._exit(1)
-
-
-def _stop_workers(running: Iterator, owner: int):
-    """End the processes of torch's iterator, where it is not a copy."""
-    if os.getpid() == owner:
-        running._shutdown_workers()
-    else:
-        COPIES.append(running)
 
 
 @contextmanager

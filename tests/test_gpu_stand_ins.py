@@ -23,6 +23,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import loader
+import workers
 from data import get_dls
 from errors import InputError, Stopped
 from recipes import get_recipe
@@ -148,8 +149,8 @@ def test_the_next_epoch_begins_while_validation_runs():
 def test_shared_memory_is_that_of_a_share_and_grows_with_it():
     dls = get_dls("digits", bs=97, workers=2, device="cpu")
     dls.train.deal(1, 2)
-    shared = [next(iter(dls.train)), dls.train._workers.dataset.buffers.shape]
-    assert shared[1] == (2 * loader.AHEAD + 1, 49, 32, 32, 3)
+    shared = [next(iter(dls.train)), dls.train._workers.buffers.shape]
+    assert shared[1] == (2 * workers.AHEAD + 1, 49, 32, 32, 3)
     dls.train.deal(0, 1)
     assert len(next(iter(dls.train))[1]) == 97
 

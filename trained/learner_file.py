@@ -13,7 +13,7 @@ from trained.device import get_device
 from trained.header import foreign
 from trained.predictor import Model
 
-OURS = ("aug", "data", "errors", "images", "interrupts", "loader", "model", "names", "trained", "training")
+OURS = ("aug", "data", "errors", "images", "interrupts", "loader", "model", "names", "trained", "training", "workers")
 
 
 def carry_our_code() -> None:

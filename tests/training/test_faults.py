@@ -13,8 +13,8 @@ from conftest import StopAt, main, outcome, same
 from fastai.callback.core import Callback
 from fastai.learner import load_learner
 
-import loader
 import train_fastai
+import workers
 from errors import InputError, Lasting, Stopped, run_command
 from files import complete, locked
 from interrupts import stops_raised
@@ -330,7 +330,7 @@ def test_a_training_outlives_whoever_reads_it():
 
 def test_a_worker_does_not_outlive_the_process_that_started_it():
     """As torch's own would, where that one has been killed before the worker looks who it is."""
-    worker = multiprocessing.get_context("fork").Process(target=loader._begin_worker, args=(1, 0))
+    worker = multiprocessing.get_context("fork").Process(target=workers.begin_worker, args=(1, 0))
     waiting = multiprocessing.get_context("fork").Process(target=begin_and_wait)
     for process in (worker, waiting):
         process.start()
@@ -339,5 +339,5 @@ def test_a_worker_does_not_outlive_the_process_that_started_it():
 
 
 def begin_and_wait():
-    loader._begin_worker(1, 0)  # 1 has not started it
+    workers.begin_worker(1, 0)  # 1 has not started it
     signal.pause()

@@ -1,0 +1,128 @@
+"""Worker processes that build a loader's batches ahead of it, for as long as it wants them."""
+
+import os
+import signal
+import threading
+import time
+import warnings
+import weakref
+from collections.abc import Iterator
+from functools import partial
+from itertools import cycle
+from math import prod
+from typing import Protocol
+
+import numpy as np
+import torch
+from fastcore.basics import noop
+from torch.utils.data import DataLoader, Dataset
+
+from errors import InputError
+from images.decoding import SIZE
+from interrupts import NAMES
+
+AHEAD = 2  # batches that a worker process has ready or under way
+COPIES = []  # of other processes' workers, which a fork has made: torch would stop them with the copy
+warnings.filterwarnings("ignore", "This DataLoader will create")  # more processes than cores, if they are asked for
+
+Key = tuple[int, range, np.ndarray]  # of a batch: an epoch, positions in it, and rows of the table
+
+
+class Builder(Protocol):
+    """What makes a batch of its key: uint8 (n, 3, 32, 32) and n labels, or anything where `by_item` is not None."""
+
+    by_item: object
+
+    def build(self, epoch: int, positions: range, rows: np.ndarray) -> tuple: ...
+
+
+class SharedBatches(Dataset):
+    """Batches whose pixels are left in shared memory, in the buffer that is named beside the key.
+
+    To make and map some for every batch, as torch does, costs more than to fill it.
+    """
+
+    def __init__(self, builder: Builder, buffers: torch.Tensor):
+        self.builder, self.buffers = builder, buffers
+
+    def __getitem__(self, request: tuple[int, Key]) -> tuple:
+        buffer, key = request
+        batch = x, *labels = self.builder.build(*key)
+        if self.builder.by_item is not None:
+            return batch
+        self.buffers[buffer, : len(x)] = x.permute(0, 2, 3, 1)
+        return buffer, len(x), *(y.numpy() for y in labels)
+
+
+class Workers:
+    """`n` processes that build batches of at most `size` images, for as long as there is a reference to this."""
+
+    def __init__(self, builder: Builder, n: int, size: int, timeout: float):
+        self.builder, self.size, self.begun = builder, size, None
+        self.buffers = _shared(AHEAD * n + 1, size, SIZE, SIZE, 3)  # one more, as one is being taken
+        options = {"num_workers": n, "prefetch_factor": AHEAD, "persistent_workers": True, "timeout": timeout}
+        options |= {"collate_fn": noop, "worker_init_fn": partial(begin_worker, os.getpid())}
+        options["generator"] = torch.Generator()  # their seeds are not from the generator that training draws from
+        # The sampler is a list, for an epoch's keys.
+        self.loader = DataLoader(SharedBatches(builder, self.buffers), batch_size=None, sampler=[], **options)
+        # Garbage collection alone would close their queues first and then wait five seconds for each; a finalizer has
+        # them whole, as nothing that it holds leads to this object.
+        weakref.finalize(self, _stop, iter(self.loader), os.getpid())
+
+    def begin(self, keys: list[Key]) -> None:
+        """Have the processes begin with these batches, which `take` then goes on with."""
+        self.loader.sampler[:] = zip(cycle(range(len(self.buffers))), keys)
+        self.begun = keys, iter(self.loader)
+
+    def take(self, keys: list[Key]) -> Iterator[tuple]:
+        """The batches of these keys: uint8 (n, 32, 32, 3), which the next one may overwrite, and n labels.
+
+        Where the builder goes item by item, what it makes of them.
+        """
+        if self.begun is None or not _equal(self.begun[0], keys):
+            self.begin(keys)
+        (_, running), self.begun = self.begun, None
+        for batch in running:
+            if self.builder.by_item is None:
+                buffer, n, *labels = batch
+                batch = self.buffers[buffer, :n], *labels
+            yield batch
+
+
+def _equal(keys: list[Key], others: list[Key]) -> bool:
+    """Whether these are the keys of the same batches."""
+    pairs = zip(keys, others, strict=False)
+    return len(keys) == len(others) and all(a[:2] == b[:2] and np.array_equal(a[2], b[2]) for a, b in pairs)
+
+
+def _shared(*shape: int) -> torch.Tensor:
+    """uint8 in shared memory."""
+    try:
+        return torch.empty(shape, dtype=torch.uint8).share_memory_()
+    except RuntimeError as e:
+        if "shared memory" not in str(e):
+            raise
+        need = f"the loader's processes share {prod(shape) / 1e6:,.0f} MB, for which /dev/shm has no room"
+        raise InputError(f"{need}; give a container more (docker run --shm-size 1g), or pass fewer --workers") from e
+
+
+def begin_worker(owner: int, worker: int):
+    """A stop is for the process that trains to hear, and a worker lives no longer than that one."""
+    for number in NAMES:
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=(owner,), daemon=True).start()
+
+
+def _end_with(owner: int):
+    """torch looks who its parent is too late: a worker whose parent has gone before would wait for work for ever."""
+    while os.getppid() == owner:
+        time.sleep(1)
+    os._exit(1)
+
+
+def _stop(running: Iterator, owner: int):
+    """End the processes of torch's iterator, where it is not a copy."""
+    if os.getpid() == owner:
+        running._shutdown_workers()
+    else:
+        COPIES.append(running)
