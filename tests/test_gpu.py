@@ -37,7 +37,7 @@ learn = load_learner(sys.argv[1])
 images = list(get_dls("digits", bs=128, device="cpu").valid_ds.items.images[:3])
 print(len(learn.get_preds(dl=learn.dls.test_dl(images))[0]), "predictions")
 """
-SMALL = {"recipe": "demo", "bs": 128, "width": 8, "epochs": 3, "device": DEVICE, "no_lr_find": True, "tta": False}
+SMALL = {"data": "digits", "bs": 64, "width": 8, "epochs": 3, "flip": 0.0, "device": DEVICE, "no_lr_find": True}
 SMALL |= {"no_pictures": True, "workers": 2}
 
 
@@ -50,10 +50,10 @@ def flags():
     torch.use_deterministic_algorithms(before[1])
 
 
-def learner(tmp_path, precision="fp32", **changes):
+def learner(tmp_path, precision="fp32", recipe="demo", **changes):
     dls = get_dls("digits", bs=128, flip=0, workers=2, device=get_device(DEVICE))
     torch.manual_seed(0)
-    return get_learner(dls, get_recipe("demo", width=8, **changes), precision=precision, path=tmp_path)
+    return get_learner(dls, get_recipe(recipe, width=8, **changes), precision=precision, path=tmp_path)
 
 
 def skip_unless(name):
@@ -81,11 +81,11 @@ class NoWait(Callback):
 
 
 @pytest.mark.parametrize("name", PRECISIONS)
-@pytest.mark.parametrize("cutmix", [0.0, 1.0])
+@pytest.mark.parametrize(("recipe", "cutmix"), [("demo", 0.0), ("demo", 1.0), ("fast", 0.0)])
 @pytest.mark.parametrize("bar", [True, False])
-def test_no_batch_waits_for_the_gpu(tmp_path, name, cutmix, bar):
+def test_no_batch_waits_for_the_gpu(tmp_path, name, recipe, cutmix, bar):
     skip_unless(name)
-    learn = learner(tmp_path, name, cutmix=cutmix)
+    learn = learner(tmp_path, name, recipe, cutmix=cutmix)
     try:
         with learn.no_logging(), nullcontext() if bar else learn.no_bar():
             if bar:
@@ -98,9 +98,10 @@ def test_no_batch_waits_for_the_gpu(tmp_path, name, cutmix, bar):
 
 
 @pytest.mark.parametrize("name", PRECISIONS)
-def test_a_run_in_each_precision(tmp_path, name, capsys):
+@pytest.mark.parametrize("recipe", ["demo", "fast"])
+def test_a_run_in_each_precision(tmp_path, name, recipe, capsys):
     skip_unless(name)
-    result = main(**SMALL, precision=name, out=str(tmp_path / "run"))
+    result = main(**SMALL, recipe=recipe, precision=name, out=str(tmp_path / "run"))
     assert result["last_accuracy"] > 0.5
     assert result["device"].startswith(DEVICE)
     model = load_model(tmp_path / "run", "cpu")
