@@ -146,8 +146,9 @@ class KeyedDL(TfmdDL):
 
     def _from_workers(self) -> Iterator[tuple]:
         workers = self._workers
-        if workers is None or not workers.builder.suits(self) or self.share_size > workers.size:
-            self._workers = workers = None  # the old ones stop before the new ones start
+        if workers is None or workers.busy or not workers.builder.suits(self) or self.share_size > workers.size:
+            # The old ones stop before the new ones start, but for those that another iteration is still busy with.
+            self._workers = workers = None
             workers = Workers(Batches(self), self.fake_l.num_workers, self.share_size, self.timeout)
             if self.fake_l.persistent_workers:
                 self._workers = workers

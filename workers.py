@@ -58,7 +58,7 @@ class Workers:
     """`n` processes that build batches of at most `size` images, for as long as there is a reference to this."""
 
     def __init__(self, builder: Builder, n: int, size: int, timeout: float):
-        self.builder, self.size, self.begun = builder, size, None
+        self.builder, self.size, self.begun, self.busy = builder, size, None, False
         self.buffers = _shared(AHEAD * n + 1, size, SIZE, SIZE, 3)  # one more, as one is being taken
         options = {"num_workers": n, "prefetch_factor": AHEAD, "persistent_workers": True, "timeout": timeout}
         options |= {"collate_fn": noop, "worker_init_fn": partial(begin_worker, os.getpid())}
@@ -81,12 +81,15 @@ class Workers:
         """
         if self.begun is None or not _equal(self.begun[0], keys):
             self.begin(keys)
-        (_, running), self.begun = self.begun, None
-        for batch in running:
-            if self.builder.by_item is None:
-                buffer, n, *labels = batch
-                batch = self.buffers[buffer, :n], *labels
-            yield batch
+        (_, running), self.begun, self.busy = self.begun, None, True
+        try:
+            for batch in running:
+                if self.builder.by_item is None:
+                    buffer, n, *labels = batch
+                    batch = self.buffers[buffer, :n], *labels
+                yield batch
+        finally:
+            self.busy = False
 
 
 def _equal(keys: list[Key], others: list[Key]) -> bool:

@@ -221,6 +221,18 @@ def test_an_epoch_has_each_image_once_in_an_order_of_its_own():
     assert epoch(get_dls(table, workers=0, seed=1, **options).train) != first
 
 
+def test_an_epoch_within_an_epoch_is_another_one_whole():
+    seen = []
+    for workers in (0, 2):
+        train = get_dls("digits", bs=97, workers=workers, device="cpu").train
+        outer = iter(train)
+        begun = [next(outer) for _ in range(3)]
+        inner = list(train)
+        seen.append([*begun, *outer, *inner, *train])
+    assert len(seen[0]) == len(seen[1]) == 3 * 14
+    assert all(map(torch.equal, (x for x, _ in seen[0]), (x for x, _ in seen[1])))
+
+
 def test_holdout_is_a_balanced_tenth_of_the_training_set_chosen_by_the_seed():
     test, first, again, other = (
         get_dls("digits", bs=64, valid=valid, seed=seed, device="cpu")
