@@ -106,10 +106,10 @@ class KeyedDL(TfmdDL):
         return {**self.__dict__, "_workers": None}
 
     def new(self, dataset=None, cls=None, **kwargs):
-        if dataset is None:
+        if dataset is None and issubclass(cls or KeyedDL, KeyedDL):  # one of another kind knows no seed
             # Where it is told its order, as by `get_preds`, it looks at images, and each look is another draw.
             kwargs = {"seed": None if "get_idxs" in kwargs else self.seed, **kwargs}
-        elif not len(dataset):  # that of an export, where no file is to need what augments
+        elif dataset is not None and not len(dataset):  # that of an export, where no file is to need what augments
             kwargs = {"after_item": [t for t in self.after_item.fs if not isinstance(t, Augment)], **kwargs}
         return super().new(dataset, cls, **kwargs)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from fastai.callback.core import Callback, CancelBatchException, CancelTrainException
-from fastai.callback.data import WeightedDL
+from fastai.callback.data import PartialDL, WeightedDL
 from fastai.callback.mixup import CutMix, MixUp
 from fastai.callback.progress import CSVLogger
 from fastai.callback.schedule import SuggestionMethod
@@ -384,7 +384,9 @@ def a_loader_of_another_kind(learn, root):
     x, y = dl.one_batch()
     assert len(y.unique()) == 1
     assert len(x.unique(dim=0)) > 1, "each time it is drawn it is another image"
-    return kinds([x, y])
+    part = train.new(cls=PartialDL, partial_n=32)
+    assert sum(len(y) for _, y in part) == 32
+    return kinds([x, y]), len(part), type(part).__name__
 
 
 def items(learn, root):
