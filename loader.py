@@ -129,7 +129,7 @@ class KeyedDL(TfmdDL):
         super().before_iter()
         self.epoch += 1
         # To pin memory is for a GPU alone: a loader from a file may be where there is none.
-        self.pin_memory = self.fake_l.pin_memory = self.device is not None and self.device.type == "cuda"
+        self.pin_memory = self.fake_l.pin_memory = torch.device(self.device or "cpu").type == "cuda"
 
     def __iter__(self):
         if not isinstance(self.dataset.items, ImageTable):

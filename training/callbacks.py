@@ -133,11 +133,11 @@ class CompiledTraining(Callback):
         learn.model.compile()
 
     def before_fit(self):
-        if self.dls.device.type == "mps":
+        if torch.device(self.dls.device).type == "mps":
             self.model.to(memory_format=torch.contiguous_format)
 
     def before_batch(self):
-        if self.dls.device.type == "mps":
+        if torch.device(self.dls.device).type == "mps":
             self.learn.xb = tuple(x.contiguous() for x in self.xb)
 
     def before_validate(self):

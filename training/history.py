@@ -41,7 +41,7 @@ class Forecast(Callback):
         self.times = []
 
     def after_batch(self):
-        if not self.training or self.times is None or self.dls.device.type != "cpu":
+        if not self.training or self.times is None or torch.device(self.dls.device).type != "cpu":
             return
         self.times.append(perf_counter())
         seconds, batches = self.times[-1] - self.times[0], len(self.times) - 1

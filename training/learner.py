@@ -42,12 +42,13 @@ def get_learner(
     """
     carry_our_code()
     recipe = get_recipe(recipe)
-    model = CustomResNet(len(dls.vocab), recipe.width, norm, recipe.logit_scale).to(dls.device)
+    device = torch.device(dls.device)
+    model = CustomResNet(len(dls.vocab), recipe.width, norm, recipe.logit_scale).to(device)
     lazy = {Recorder: LazyRecorder, ProgressCallback: LazyProgress}
     cbs = [*(lazy.get(cb, cb) for cb in defaults.callbacks), ChannelsLast()]
-    precision = choose_precision(precision, dls.device)
+    precision = choose_precision(precision, device)
     cbs.append(MixedPrecision(precision))
-    if dls.device.type == "cuda":
+    if device.type == "cuda":
         # Batches have one shape: cuDNN tries its ways once and keeps the best, which is not always the same one.
         torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
     settings = {

@@ -67,7 +67,10 @@ class MixedPrecision(fp16.MixedPrecision):
         return {**self.__dict__, "precision": "fp32", "contexts": ExitStack()}
 
     def before_fit(self):
-        device = self.dls.device
+        device = torch.device(self.dls.device)  # which `dls.to` may have left a name
+        if why := obstacle(self.precision, device):  # the learner has come from another device
+            warnings.warn(f"{why}: now in fp32", stacklevel=2)
+            self.precision = "fp32"
         for other in [cb for cb in self.learn.cbs if isinstance(cb, fp16.MixedPrecision) and cb is not self]:
             wanted = getattr(other, "precision", None) or other.amp_mode.value
             self.kwargs |= other.kwargs
@@ -90,7 +93,7 @@ class MixedPrecision(fp16.MixedPrecision):
             self.fused.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
 
     def before_batch(self):
-        mixed, device = self.precision in DTYPES, self.dls.device.type
+        mixed, device = self.precision in DTYPES, torch.device(self.dls.device).type
         self.contexts.enter_context(autocast(device, DTYPES[self.precision]) if mixed else without_tf32())
 
     def after_loss(self):

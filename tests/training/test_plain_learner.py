@@ -14,6 +14,7 @@ from fastai.callback.tensorboard import TensorBoardCallback
 from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau, SaveModelCallback
 from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.data.block import CategoryBlock, DataBlock
+from fastai.data.core import DataLoaders
 from fastai.data.transforms import GrandparentSplitter, ItemGetter, Normalize, get_image_files, parent_label
 from fastai.interpret import ClassificationInterpretation, Interpretation
 from fastai.learner import Learner, load_learner
@@ -397,6 +398,14 @@ def items(learn, root):
     return kinds(at_once[0]), kinds(train.dataset[0]), kinds(train.do_item(0)), kinds(valid.do_item(0))
 
 
+def devices_by_name(learn, root):
+    learn.dls.to("cpu")
+    learn.fit(1)
+    learn.dls = DataLoaders(*learn.dls.loaders, device="cpu")
+    learn.fit(1)
+    return str(learn.dls.device), len(learn.get_preds(dl=learn.dls.test_dl(get_image_files(root / "test")))[0])
+
+
 def export(learn, root):
     learn.fit(1)
     learn.export()
@@ -423,7 +432,7 @@ LINES = [
     test_dl_of_pairs, an_item_transform_more, a_batch_transform_more, reduce_lr_on_plateau, tensorboard, wandb, freeze,
     fine_tune, rates_that_differ, schedules, lr_find, callbacks_come_and_go, gradient_accumulation, cancelled, mixes,
     save_model, early_stopping, csv_logger, interpretation, predictions, loaders_like_these, a_loader_of_another_kind,
-    items, export, metrics,
+    items, devices_by_name, export, metrics,
 ]  # fmt: skip
 for lines in LINES:
     lines.__test__ = False

@@ -196,6 +196,15 @@ def test_fastais_own_ways_to_say_it_leave_one_that_counts(bf16, small, recwarn, 
     assert types.dtypes == {expected}
 
 
+def test_a_learner_that_has_come_from_a_gpu_goes_on_in_fp32(small, monkeypatch):
+    monkeypatch.setattr(precision, "obstacle", lambda precision, device: None)
+    learn, types = small("fp16"), Types()
+    monkeypatch.undo()
+    with learn.no_logging(), pytest.warns(UserWarning, match="fp16 on cpu is far slower than fp32: now in fp32"):
+        learn.fit(1, 0.1, cbs=types)
+    assert types.dtypes == {torch.float32}
+
+
 def test_an_interrupted_batch_leaves_no_precision_behind(bf16, small):
     class Interrupt(Callback):
         def after_pred(self):
