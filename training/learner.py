@@ -37,8 +37,8 @@ def get_learner(
     """A plain fastai `Learner`: the recipe's network, loss and optimiser, channels-last, in mixed precision.
 
     `precision` is "fp32", "bf16", "fp16", or "auto" for the fastest that the device has. `kwargs` go to `Learner`;
-    callbacks among them come on top of these. Raises InputError for an unknown recipe, and for a precision that the
-    device lacks, ValueError for an unknown norm.
+    callbacks among them come on top of these. Raises InputError for an unknown recipe, for one that whitens where the
+    loaders are not those of `get_dls`, and for a precision that the device lacks, ValueError for an unknown norm.
     """
     carry_our_code()
     recipe = get_recipe(recipe)

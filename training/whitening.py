@@ -9,15 +9,21 @@ from fastai.data.core import DataLoaders
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from errors import InputError
+from images.table import ImageTable
+
 IMAGES = 5000  # of the training set, at the least
 
 
 def whitening_matrix(dls: DataLoaders, eps: float) -> Tensor:
     """(27, 27): what makes of the normalised training images' 3x3 patches uncorrelated numbers of variance one.
 
-    Those of a variance below `eps` stay smaller: they are mostly noise. `dls` are those of `get_dls`.
+    Those of a variance below `eps` stay smaller: they are mostly noise. Raises InputError for loaders that are not
+    those of `get_dls`.
     """
-    table = dls.train_ds.items
+    table = getattr(dls.train_ds, "items", None)
+    if not isinstance(table, ImageTable):
+        raise InputError("whiten: the images must come from get_dls; pass its loaders, or get_recipe(NAME, whiten=0)")
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in table.train_stats())
     rows = range(0, len(table), max(1, len(table) // IMAGES))  # of all classes: a table has one after the other
     covariance = torch.zeros(27, 27, dtype=torch.float64)

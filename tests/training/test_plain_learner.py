@@ -29,6 +29,7 @@ from matplotlib import pyplot as plt
 from PIL import Image
 
 from data import get_dls
+from errors import InputError
 from images.sources import load_images
 from model import CustomResNet
 from recipes import get_recipe
@@ -448,6 +449,16 @@ def test_it_does_what_a_stock_learner_does(digits, tmp_path, lines):
         with quiet(learn):
             seen.append(lines(learn, digits))
     assert seen[0] == seen[1]
+
+
+def test_loaders_of_fastais_own_train_by_a_recipe_that_does_not_whiten(digits, tmp_path):
+    dls = stock_loaders(digits)
+    with pytest.raises(InputError, match="whiten: the images must come from get_dls"):
+        get_learner(dls, get_recipe("fast", width=2))
+    learn = get_learner(dls, get_recipe("fast", width=2, whiten=0), path=tmp_path)
+    with quiet(learn):
+        learn.fit(1)
+        assert len(learn.validate()) == 2
 
 
 def test_looks_and_range_tests_change_no_training(digits, tmp_path):
