@@ -129,7 +129,8 @@ class KeyedDL(TfmdDL):
         super().before_iter()
         self.epoch += 1
         # To pin memory is for a GPU alone: a loader from a file may be where there is none.
-        self.pin_memory = self.fake_l.pin_memory = torch.device(self.device or "cpu").type == "cuda"
+        on_gpu = self.device is not None and torch.device(self.device).type == "cuda"
+        self.pin_memory = self.fake_l.pin_memory = on_gpu
 
     def __iter__(self):
         if not isinstance(self.dataset.items, ImageTable):
