@@ -67,7 +67,7 @@ class Batches:
         random.seed(f"{self.seed} {epoch} {position}")  # what other transforms draw is keyed, too
         np.random.seed(random.getrandbits(32))
         torch.default_generator.manual_seed(random.getrandbits(32))
-        with _keyed(self.transforms, epoch, position, row):
+        with _keyed(self.augments, epoch, position, row):
             return self.by_item.do_item(row)
 
 

@@ -58,7 +58,7 @@ class Workers:
     """`n` processes that build batches of at most `size` images, for as long as there is a reference to this."""
 
     def __init__(self, builder: Builder, n: int, size: int, timeout: float):
-        self.builder, self.size, self.begun, self.busy = builder, size, None, False
+        self.builder, self.begun, self.busy = builder, None, False
         self.buffers = _shared(AHEAD * n + 1, size, SIZE, SIZE, 3)  # one more, as one is being taken
         options = {"num_workers": n, "prefetch_factor": AHEAD, "persistent_workers": True, "timeout": timeout}
         options |= {"collate_fn": noop, "worker_init_fn": partial(begin_worker, os.getpid())}
@@ -68,6 +68,11 @@ class Workers:
         # Garbage collection alone would close their queues first and then wait five seconds for each; a finalizer has
         # them whole, as nothing that it holds leads to this object.
         weakref.finalize(self, _stop, iter(self.loader), os.getpid())
+
+    @property
+    def size(self) -> int:
+        """The images of a batch, at most."""
+        return self.buffers.shape[1]
 
     def begin(self, keys: list[Key]) -> None:
         """Have the processes begin with these batches, which `take` then goes on with."""
