@@ -233,6 +233,13 @@ def get_recipe(recipe: str | Recipe = "fast", **changes) -> Recipe:
     return replace(recipe, **changes)
 
 
+def changes(result: dict, recipe: Recipe) -> dict:
+    """The settings, but data and width, in which a run was not as `recipe` is; `result` is its `result.json`."""
+    names = [name for name in vars(recipe) if name not in ("data", "width")]
+    had = {name: result.get(name, getattr(ANCESTOR, name)) for name in names}  # what came later was off, as it is there
+    return {name: value for name, value in had.items() if str(value) != str(getattr(recipe, name))}
+
+
 def recipe_table() -> str:
     """All recipes as a table, a column each, and their schedules below."""
 

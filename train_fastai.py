@@ -28,7 +28,6 @@ if __name__ == "__main__":
         raise SystemExit
 
 import gc
-import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -50,9 +49,9 @@ from trained.learner_file import export
 from trained.safe_file import save_safetensors
 from training.callbacks import BatchLog, CompiledTraining, tta_accuracy
 from training.checkpoint import Checkpoint, load_checkpoint
-from training.description import describe, few_batches, keep_threads, print_config
+from training.description import describe, few_batches, keep_threads, print_config, print_result
 from training.distributed import all_ranks, is_rank0, joined, on_rank0, own_folder
-from training.faults import faults_explained, how_to_go_on, stops_heard
+from training.faults import faults_explained, how_to_go_on, rest_can_wait, stops_heard
 from training.history import Forecast, RunLog, save_weights
 from training.learner import get_learner, new_learner  # noqa: F401  get_learner is for notebooks
 from training.lr_finder import RangeTest, range_test, undisturbed
@@ -208,36 +207,6 @@ def finish(run: Run, learn: Learner, options: Options, peak: float, log: RunLog,
     finally:
         print_result(run, options, result)
     return result
-
-
-@contextmanager
-def rest_can_wait(run: Run) -> Iterator[None]:
-    """A fault of the disk becomes one line: what cannot be made again is on it."""
-    try:
-        yield
-    except OSError as e:
-        if e.errno is None:
-            raise
-        again = shlex.join(["python", "report.py", str(run)])
-        what = "the weights and the result are there, make the rest with"
-        raise InputError(f"{e.filename or run}: {e.strerror}; {what}: {again}") from e
-
-
-def print_result(run: Run, options: Options, result: dict) -> None:
-    """The figures, and what to do next."""
-    held_out = f"{options.valid_pct:.0%} of the training set" if options.valid == "holdout" else "here the test set"
-    shown = "README.md with all pictures, " if (run / "README.md").exists() else ""
-    again = {"seed": options.seed + 1, "out": None, "resume": None, "max_minutes": None}
-    print(f"\nlast epoch   {result['last_accuracy']:.2%} accuracy on the validation set, {held_out}")
-    if options.tta:
-        print(f"with TTA     {result['tta_accuracy']:.2%}, averaged over each image and its mirror image")
-    chosen = f" in epoch {result['best_epoch']}, chosen on the validation set, so a little too good to quote"
-    print(f"""\
-best epoch   {result["best_accuracy"]:.2%}{", the last one" if result["best_epoch"] == result["epochs"] else chosen}
-run folder   {printable(str(run))}: {shown}history.csv, result.json, model.pkl and model.safetensors from the last epoch, models/last.pth, models/best.pth
-
-use it       python predict.py {printable(shlex.quote(str(run)))} IMAGE.png
-again        {options.command(result["processes"], **again)}""")
 
 
 def train_seeds(options: Options, cbs: Sequence[Callback] = ()) -> None:

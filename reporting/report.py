@@ -11,7 +11,7 @@ from PIL import Image
 from errors import InputError
 from files import complete, locked
 from options import Options, read_config
-from recipes import RECIPES
+from recipes import RECIPES, changes
 from reporting.card import CAPTIONS, write_card
 from reporting.evaluation import Evaluation, evaluate
 from reporting.pictures import (
@@ -95,15 +95,13 @@ def save_first_images(evaluation: Evaluation, folder: Path) -> None:
 
 
 def seed_curve(result: dict) -> list[float] | None:
-    """The mean accuracy in each epoch of the recipe `seed`, unchanged, on the same data and width, if it is among our
-    results.
+    """The mean accuracy in each epoch of the recipe `seed`, unchanged, on the same data, width and norm, if it is among
+    our results.
     """
     if result["recipe"] == "seed":
         return None
-    same = {name: str(result[name]) for name in ("source", "fingerprint", "width", "valid")}
-    settings = {name: str(value) for name, value in vars(RECIPES["seed"]).items() if name not in ("data", "width")}
+    same = ("source", "fingerprint", "width", "valid", "norm")
     others = [json.loads(path.read_text()) for path in RESULTS.glob("seed-*.json")]
-    # What an older result lacks was off, as it is in `seed`.
-    alike = [o for o in others if all(str(o.get(name, value)) == value for name, value in (settings | same).items())]
+    alike = [o for o in others if all(o[name] == result[name] for name in same) and not changes(o, RECIPES["seed"])]
     curves = ([row["valid_accuracy"] for row in other["history"]] for other in alike)
     return [sum(epoch) / len(epoch) for epoch in zip(*curves, strict=True)] or None

@@ -3,7 +3,7 @@
 import json
 import re
 import sys
-from dataclasses import fields, replace
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 
@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from files import write_json
 from options import Options
-from recipes import ANCESTOR, RECIPES, OneCycle
+from recipes import ANCESTOR, RECIPES, OneCycle, changes
 from training.run import Run
 
 HERE = Path(__file__).parent
@@ -50,11 +50,8 @@ def how(result: dict) -> str:
     name, recipe = result["recipe"], RECIPES[result["recipe"]]
     if name == "fast" and "whiten" not in result:
         name, recipe = "first fast", FIRST_FAST
-    words = [name, f"{result['epochs']} epochs"]
-    for name in (field.name for field in fields(recipe)):
-        value = result.get(name, getattr(ANCESTOR, name))  # settings that came later were off, as they are there
-        if name not in ("data", "epochs", "width") and str(value) != str(getattr(recipe, name)):
-            words.append(f"{name} {value}".replace("_", " "))
+    differ = changes(result, replace(recipe, epochs=result["epochs"]))
+    words = [name, f"{result['epochs']} epochs", *(f"{key} {value}".replace("_", " ") for key, value in differ.items())]
     if result.get("processes", 1) > 1:
         words.append(f"{result['processes']} processes")
     return ", ".join(words + [f"{result['norm']} norm"] * (result["norm"] != "batch"))

@@ -1,8 +1,9 @@
-"""What a run is: its settings, data, device, code and versions, for `config.json` and for the reader."""
+"""What a run is, for `config.json` and for the reader: settings, data, device, code, versions; and what it came to."""
 
 import os
 import platform
 import re
+import shlex
 import subprocess
 from dataclasses import asdict
 from importlib.metadata import version
@@ -15,6 +16,7 @@ from fastai.torch_core import num_distrib
 from names import printable
 from options import Options
 from recipes import RECIPES
+from training.run import Run
 
 CHOSEN = ("norm", "seed", "valid", "valid_pct", "sync_bn", "compile", "deterministic")
 FEW = 10  # batches an epoch
@@ -123,3 +125,21 @@ def print_config(config: dict) -> None:
         elif isinstance(value, list):
             value = " ".join(value[:20]) + (f" … ({len(value)})" if len(value) > 20 else "")
         print(printable(f"{name:<15} {value}"))
+
+
+def print_result(run: Run, options: Options, result: dict) -> None:
+    """The figures, and what to do next."""
+    held_out = f"{options.valid_pct:.0%} of the training set" if options.valid == "holdout" else "here the test set"
+    shown = "README.md with all pictures, " if (run / "README.md").exists() else ""
+    files = f"{shown}history.csv, result.json, model.pkl and model.safetensors"
+    again = {"seed": options.seed + 1, "out": None, "resume": None, "max_minutes": None}
+    print(f"\nlast epoch   {result['last_accuracy']:.2%} accuracy on the validation set, {held_out}")
+    if options.tta:
+        print(f"with TTA     {result['tta_accuracy']:.2%}, averaged over each image and its mirror image")
+    chosen = f" in epoch {result['best_epoch']}, chosen on the validation set, so a little too good to quote"
+    print(f"""\
+best epoch   {result["best_accuracy"]:.2%}{", the last one" if result["best_epoch"] == result["epochs"] else chosen}
+run folder   {printable(str(run))}: {files} from the last epoch, models/last.pth, models/best.pth
+
+use it       python predict.py {printable(shlex.quote(str(run)))} IMAGE.png
+again        {options.command(result["processes"], **again)}""")

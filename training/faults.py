@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shlex
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from fastai.torch_core import num_distrib
 from errors import InputError, Stopped
 from interrupts import Interrupted, stops_taken
 from options import Options
+from training.run import Run
 
 REMEDIES = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room, then ")
 REMEDIES |= dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "see to it that it can be written, then ")
@@ -61,6 +63,19 @@ def faults_explained(run: Path, bs: int) -> Iterator[None]:
         if why is None:
             raise
         raise InputError(f"{why}, perhaps for want of memory; {how_to_go_on(run, workers=0)}") from e
+
+
+@contextmanager
+def rest_can_wait(run: Run) -> Iterator[None]:
+    """A fault of the disk becomes one line: what cannot be made again is on it."""
+    try:
+        yield
+    except OSError as e:
+        if e.errno is None:
+            raise
+        again = shlex.join(["python", "report.py", str(run)])
+        what = "the weights and the result are there, make the rest with"
+        raise InputError(f"{e.filename or run}: {e.strerror}; {what}: {again}") from e
 
 
 @contextmanager
