@@ -23,6 +23,7 @@ from fastai.torch_core import distrib_barrier, get_random_states, rank_distrib, 
 
 from errors import InputError
 from files import write_csv, write_json
+from training.optimizer import Muon
 
 METHODS = ("edge", "valley", "slide", "minimum", "steep")  # all but the first are fastai's
 WINDOW = 4  # batches
@@ -156,7 +157,9 @@ def range_test(learn: Learner, start_lr: float = 1e-5, end_lr: float = 10, steps
             distrib_barrier()  # rank 0 waits for the others as it loads the weights that fastai kept
         lrs, losses = list(learn.recorder.lrs), [float(loss) for loss in learn.recorder.losses]
         batch_losses = [float(loss) for loss in batches.losses[: len(lrs)]]
-    suggestions = {"edge": edge(lrs, batch_losses)}
+        muon = isinstance(getattr(learn.opt, "opt", None), Muon)
+    # Muon's steps are stable far beyond the learning rate that is best: there is no edge to suggest one by.
+    suggestions = {"edge": None if muon else edge(lrs, batch_losses)}
     keep = [i for i, loss in enumerate(losses) if isfinite(loss)]
     lrs, batch_losses, losses = ([values[i] for i in keep] for values in (lrs, batch_losses, losses))
     # fastai's own cut: the first tenth is the smoothed loss warming up, the last five points are the divergence.

@@ -149,6 +149,13 @@ def test_the_edge_is_where_the_loss_is_no_number_any_more():
     assert edge(lrs, losses) == lrs[80] / 2
 
 
+def test_with_muon_there_is_no_edge(tmp_path):
+    found = [range_test(small_learner(200, 4, get_recipe("demo", muon=muon), path=tmp_path)) for muon in (0.0, 0.1)]
+    assert found[0].suggestions["edge"]
+    assert found[1].suggestions["edge"] is None
+    assert found[1].suggestion == found[1].suggestions["minimum"] > 0
+
+
 def test_without_an_edge_the_minimum_counts(tmp_path):
     lrs, losses = curve((1e-3, 2.3), (10, 1.0))
     suggestions = dict.fromkeys(METHODS, 0.1) | {"edge": None, "minimum": 0.2}
