@@ -83,6 +83,7 @@ def steps(opt, parameters, grads):
     return [p.detach().clone() for p in parameters]
 
 
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has Muon from 2.9 on")
 @pytest.mark.parametrize("nesterov", [True, False])
 def test_convolutions_take_the_steps_of_torchs_muon(nesterov):
     torch.manual_seed(0)
