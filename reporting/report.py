@@ -41,7 +41,8 @@ def write_report(learn: Learner, options: Options, result: dict, evaluation: Eva
     run, classifier = learn.path, classifier_of(learn)
     print(f"pictures     {len(CAPTIONS)} of them, and the README that shows them")
     what = f"{result['source']}, recipe {result['recipe']}, width {result['width']}, seed {result['seed']}"
-    save_history(result["history"], run, what, seed_curve(result))
+    mixed = "" if result["precision"] == "fp32" else f", in {result['precision']}"  # and a little off what files say
+    save_history(result["history"], run, what + mixed, seed_curve(result))
     recipe = replace(options.settings(), lr=result["peak_lr"])
     save_schedules({result["recipe"]: recipe}, run / "schedule.png", svg=True)
     save_confusion(evaluation, run / "confusion.png")
