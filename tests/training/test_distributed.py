@@ -138,7 +138,7 @@ def test_two_processes_train_one_network_and_one_of_them_writes(launch, tmp_path
     assert (one["processes"], two["processes"]) == (1, 2)
     assert abs(one["last_accuracy"] - two["last_accuracy"]) < 0.1
     assert two["history"][0]["train_loss"] == pytest.approx(one["history"][0]["train_loss"], abs=0.1)
-    assert 1 / 3 < two["suggestions"]["edge"] / one["suggestions"]["edge"] < 3
+    assert 1 / 3 < two["suggestions"]["minimum"] / one["suggestions"]["minimum"] < 3
 
 
 def test_a_run_goes_on_with_another_number_of_processes(launch, noise, tmp_path):
