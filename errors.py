@@ -145,7 +145,10 @@ def parse(func: Callable, pos: Sequence[str] = ()) -> Any:
     let_idle_threads_sleep()
     end_at_once()
     if func.__module__ == "__main__":  # there fastcore does not look for a dataclass's comments, which --help shows
+        line = vars(func).get("__firstlineno__")
         func.__module__ = Path(sys.argv[0]).stem
+        if line is not None:  # Python from 3.13 on forgets with the module where a class's source is
+            func.__firstlineno__ = line
         sys.modules.setdefault(func.__module__, sys.modules["__main__"])
     parser = anno_parser(func, pos=pos)
     parser.allow_abbrev, parser.error = False, fail
