@@ -89,7 +89,7 @@ def table(figures: dict, size: int) -> str:
 
 
 def main(
-    loaders: str = "results/speed/2-cores.json",  # Figures of benchmarks/speed.py, for the cost of a 32x32 image
+    loaders: str = "results/speed/2-cores-loaders.json",  # Figures of speed.py, for the cost of a 32x32 image
     step_ms: float = 33.6,  # A training step of 512 images of 32x32 on one GPU, in ms
     floor_ms: float = 1.4,  # What a step takes however few images it has, in ms
     save: str = None,  # Write the figures to this JSON file

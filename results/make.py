@@ -168,7 +168,7 @@ def save_front_curves(groups: dict[str, list[dict]], path: Path, comment: str | 
 
 def made_texts() -> dict[Path, str]:
     """What the files that are made, in whole or in part, should say."""
-    loading = f"```text\n{section('loaders', speeds()['2-cores']['loaders'])}\n```"
+    loading = f"```text\n{section('loaders', speeds()['2-cores-loaders']['loaders'])}\n```"
     models = f"```text\n{section('models', speeds()['2-cores-models']['models'])}\n```"
     precision = f"```text\n{section('precision', speeds()['2-cores-precision']['precision'])}\n```"
     scaled = json.loads((HERE / "scaling.json").read_text())

@@ -29,7 +29,7 @@ def place(tmp_path, monkeypatch):
     monkeypatch.setattr(make, "HERE", tmp_path / "results")
     monkeypatch.setattr(figures, "HERE", tmp_path / "results")
     (tmp_path / "results/runs").mkdir(parents=True)
-    for name in ("speed/2-cores.json", "speed/2-cores-precision.json", "speed/2-cores-models.json", "scaling.json"):
+    for name in (*(f"speed/2-cores-{part}.json" for part in ("loaders", "precision", "models")), "scaling.json"):
         (tmp_path / "results" / name).parent.mkdir(exist_ok=True)
         (tmp_path / "results" / name).write_text((ROOT / "results" / name).read_text())
     made = {"README.md": ("results",), "results/README.md": ("accuracy", "ablation"), "docs/models.md": ("models",)}
