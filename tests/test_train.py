@@ -47,7 +47,8 @@ def same_weights(a, b):
 
 
 def test_the_whole_job(command, tmp_path):
-    result = command(*TINY, "--epochs", 3, "--lr", 0.2, "--seed", 7)
+    # In bf16 an epoch and the files, which are in fp32, can be an image apart.
+    result = command(*TINY, "--epochs", 3, "--lr", 0.2, "--seed", 7, "--precision", "fp32")
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
     run = tmp_path / "cwd/runs/001-demo"

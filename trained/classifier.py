@@ -46,7 +46,7 @@ class Classifier(nn.Module):
             raise ValueError(
                 f"images are {tuple(images.shape)} {images.dtype}: they must be (N, {SIZE}, {SIZE}, 3) uint8"
             )
-        return (images.permute(0, 3, 1, 2) / 255 - self.mean) / self.std
+        return (images.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std
 
     def forward(self, images: Tensor) -> Tensor:
         return self.network(self.normalized(images))
