@@ -47,4 +47,4 @@ def test_its_accuracy_is_the_one_it_states():
     result = predict("pretrained", CIFAR10, "--eval")
     assert result.returncode == 0, result.stderr
     stated = 100 * json.loads((FOLDER / "result.json").read_text())["last_accuracy"]
-    assert float(result.stdout.split()[-2]) == pytest.approx(stated, abs=0.021), "the last line; two images in 10,000"
+    assert float(result.stdout.split()[-2]) == pytest.approx(stated, abs=0.02), "the last line, of all images"
