@@ -58,8 +58,12 @@ def how(result: dict) -> str:
 
 
 def results() -> dict[tuple, dict[str, list[dict]]]:
-    """All results: where, then how, then in the order of their seeds."""
+    """All results: where, the widest network first, then how, then in the order of their seeds."""
     every = [json.loads(path.read_text()) for path in (HERE / "runs").glob("*.json")]
     order = list(RECIPES)
-    every.sort(key=lambda r: (where(r), order.index(r["recipe"]), r["epochs"], how(r), r["seed"]))
+
+    def key(r: dict) -> tuple:
+        return r["source"], -r["width"], *where(r)[2:], order.index(r["recipe"]), r["epochs"], how(r), r["seed"]
+
+    every.sort(key=key)
     return {place: {k: list(runs) for k, runs in groupby(group, how)} for place, group in groupby(every, where)}
