@@ -31,14 +31,14 @@ class Options:
     label_smoothing: float = None  # Part of the target that is spread over all classes [the recipe's]
     logit_scale: float = None  # What the network's output is multiplied by [the recipe's]
     flip: float = None  # Probability of a horizontal flip [the recipe's]
-    flips: Annotated[str, {"choices": list(FLIPS)}] = None  # Each by chance, or all from epoch to epoch [the recipe's]
+    flips: Annotated[str, {"choices": list(FLIPS)}] = None  # At random, or alternating by epoch [the recipe's]
     pad: int = None  # Pixels of reflection around an image before the random crop [the recipe's]
     cutout: int = None  # Side of the square hole in pixels, 0 for none [the recipe's]
     cutmix: float = None  # Alpha of CutMix's Beta distribution, 0 for none [the recipe's]
     whiten: float = None  # Epsilon of the whitening of the first convolution, 0 for none [the recipe's]
-    norm_bias_lr: float = None  # Times the learning rate for the norms' biases; but 1, no scales [the recipe's]
-    ema: float = None  # Part of the weights' moving average that a step keeps, 0 for none [the recipe's]
-    muon: float = None  # Times the learning rate for Muon's steps of convolutions, 0 for SGD's [the recipe's]
+    norm_bias_lr: float = None  # Multiple of the learning rate for norm biases; unless 1, no norm scales [the recipe's]
+    ema: float = None  # Decay a step of the moving average of the weights, 0 for none [the recipe's]
+    muon: float = None  # Muon's rate for convolutions as a multiple of the learning rate, 0 for SGD [the recipe's]
     norm: Annotated[str, {"choices": ["batch", "layer", "group"]}] = "batch"  # Normalisation layers
     seed: int = 0  # Of the weights, the order of the images and their augmentation
     runs: int = 1  # Seeds to train one after the other, from --seed on
@@ -51,7 +51,7 @@ class Options:
     resume: str = None  # Go on with the run in this folder; auto: with the one in --out, if it has been started
     max_minutes: float = None  # Stop after so many minutes of training, with a checkpoint to go on from
     log: Annotated[str, {"choices": ["tensorboard", "wandb"]}] = None  # Log every batch there, too
-    tta: bool = False  # At the end test on each image together with its mirror image, too
+    tta: bool = False  # At the end also test on each image averaged with its mirror image
     sync_bn: bool = False  # Batch norm over all processes' images, on GPUs
     compile: bool = False  # Compile the network with torch.compile: about a minute more before the first step
     deterministic: bool = False  # On CUDA, too, the same weights for the same seed; on a CPU that is always so
@@ -70,7 +70,7 @@ class Options:
             self.settings()  # says what is wrong at once: what comes next takes seconds
 
     def settings(self) -> Recipe:
-        """The recipe with the options that go over it. Raises InputError for one out of range, or a contradiction."""
+        """The recipe with the options that override it. Raises InputError for one out of range, or a contradiction."""
         if self.no_lr_find and (self.lr_find_only or self.lr == "auto"):
             other = "--lr-find-only" if self.lr_find_only else "--lr auto"
             raise InputError(f"--no-lr-find contradicts {other}; drop one of them")

@@ -129,9 +129,9 @@ class Recipe:
     cutout: int  # side of the square hole in pixels, 0 for none
     cutmix: float  # alpha of the Beta distribution of fastai's CutMix, 0 for none
     whiten: float  # epsilon of the whitening of the first convolution, 0 for none
-    norm_bias_lr: float  # the norms' biases have so many times the learning rate; unless it is 1, no norm has a scale
-    ema: float  # part of the average of the weights that is kept at a step, 0 for no average
-    muon: float  # convolutions take Muon's steps, at so many times the learning rate, 0 for SGD's
+    norm_bias_lr: float  # multiple of the learning rate for norm biases; unless it is 1, norms have no scale
+    ema: float  # decay a step of the moving average of the weights, 0 for no average
+    muon: float  # Muon's rate for convolutions, as a multiple of the learning rate, 0 for SGD
 
     def __post_init__(self):
         for name, least, most in (
@@ -186,21 +186,21 @@ FAST = replace(
     ANCESTOR,
     # A cosine up to the peak and down to a tenth of it: where the weights are averaged, nothing need fall to nothing.
     schedule=OneCycle(pct_start=0.2, div_final=10),
-    label_smoothing=0.2,  # the network is to be sure, but not to be driven to infinite logits
-    flips="alternating",  # no image comes twice in a row the same way round, as by chance half of them do
-    whiten=0.01,  # neighbouring pixels are alike; without it the network learns that first
-    ema=0.99,  # the mean of about a hundred steps, an epoch
-    muon=0.1,  # no direction of a layer waits for the few that its gradients are largest in
+    label_smoothing=0.2,  # keeps the network from driving its logits ever further apart
+    flips="alternating",  # random flips repeat half the images the same way round in the next epoch
+    whiten=0.01,  # neighbouring pixels are correlated; without it the network has to learn that first
+    ema=0.99,  # the mean of about the last hundred steps, an epoch
+    muon=0.1,  # equal steps in all directions of a layer, not only where its gradients are largest
 )
 
 RECIPES = {
     "fast": FAST,
     "ancestor": ANCESTOR,
     "seed": SEED,
-    # Three times as long. What else may make it better has to be shown on a hold-out of the full network first.
+    # More than three times as long. Any other change has to show its worth on a hold-out of the full network first.
     "best": replace(FAST, epochs=80),
-    # The same descent's other text: a constant learning rate that falls when the validation loss does not; three epochs
-    # tell a stall from the noise of one.
+    # The seed project's other variant: a constant learning rate that falls when the validation loss does not; three
+    # epochs tell a stall from the noise of one.
     "plateau": replace(SEED, epochs=40, schedule=Plateau(factor=10, patience=3)),
     # Smith's cyclical learning rates: three cycles of eight epochs, each half of which is four, as in the paper.
     "cyclic": replace(FAST, schedule=Cyclic("triangular", cycles=3, base=0.1)),
