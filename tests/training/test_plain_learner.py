@@ -1,5 +1,7 @@
 """What fastai's users do, the same lines with a stock learner and with ours; what they see has to be the same."""
 
+import copy
+import pickle
 from contextlib import contextmanager
 
 import numpy as np
@@ -12,7 +14,7 @@ from fastai.callback.progress import CSVLogger
 from fastai.callback.schedule import SuggestionMethod
 from fastai.callback.tensorboard import TensorBoardCallback
 from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau, SaveModelCallback
-from fastai.callback.training import GradientAccumulation, GradientClip
+from fastai.callback.training import GradientAccumulation, GradientClip, ShortEpochCallback
 from fastai.data.block import CategoryBlock, DataBlock
 from fastai.data.core import DataLoaders
 from fastai.data.transforms import GrandparentSplitter, ItemGetter, Normalize, get_image_files, parent_label
@@ -20,6 +22,7 @@ from fastai.interpret import ClassificationInterpretation, Interpretation
 from fastai.learner import Learner, load_learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy, error_rate
+from fastai.optimizer import Adam
 from fastai.torch_core import TensorImage, set_seed
 from fastai.vision.augment import Flip
 from fastai.vision.core import PILImage, image2tensor
@@ -288,6 +291,59 @@ def callbacks_come_and_go(learn, root):
     return calls
 
 
+def another_optimizer(learn, root):
+    learn.opt_func = Adam
+    learn.create_opt()
+    learn.fit_one_cycle(1, 0.001)
+    learn.opt.set_hypers(lr=0.5)
+    return [sorted(hypers) for hypers in learn.opt.hypers], [hypers["lr"] for hypers in learn.opt.hypers]
+
+
+def settings_of_a_fit(learn, root):
+    learn.fit_one_cycle(1, 0.01, moms=(0.95, 0.85, 0.95), wd=0.3)
+    moms = [round(float(mom), 5) for mom in learn.recorder.hps["mom"]]
+    assert len(set(moms)) == BATCHES
+    decay = [hypers["wd"] for hypers in learn.opt.hypers]
+    learn.fit(3, 0.02, start_epoch=1, reset_opt=True)
+    return moms, decay[-1], len(learn.recorder.lrs), [len(values) for values in learn.recorder.values]
+
+
+def copies(learn, root):
+    images = kinds(pickle.loads(pickle.dumps(learn.dls)).one_batch())
+    seen = []
+    for copied in (copy.deepcopy(learn), pickle.loads(pickle.dumps(learn))):
+        before = [p.detach().clone() for p in learn.model.parameters()]
+        with quiet(copied):
+            copied.fit(1, 0.1)
+        assert all(torch.equal(*pair) for pair in zip(before, learn.model.parameters(), strict=True))
+        assert not all(torch.equal(*pair) for pair in zip(before, copied.model.parameters(), strict=True))
+        seen.append(len(copied.recorder.lrs))
+    return images, seen
+
+
+def a_fit_that_fails(learn, root):
+    seen = []
+    for error in (KeyboardInterrupt, ZeroDivisionError):
+
+        class Fail(Callback):
+            def after_batch(self, error=error):
+                if self.training and self.iter == 1:
+                    raise error("as asked")
+
+        with pytest.raises(error, match="as asked"):
+            learn.fit(1, cbs=Fail())
+        assert not learn.cbs.argwhere(lambda cb, kind=Fail: isinstance(cb, kind)), "it has left with its fit"
+        learn.fit(1)
+        seen.append((len(learn.recorder.lrs), len(learn.validate())))
+    return seen
+
+
+def short_epochs(learn, root):
+    seen = []
+    learn.fit(2, cbs=[ShortEpochCallback(0.4), Callback(after_batch=lambda self: seen.append(self.training))])
+    return seen
+
+
 def gradient_accumulation(learn, root):
     events = []
     spy = Callback(
@@ -431,9 +487,10 @@ def metrics(learn, root):
 LINES = [
     show_batch_of_one_image, tta, tta_of_the_training_set, tta_of_other_images, test_dl, test_dl_with_labels,
     test_dl_of_pairs, an_item_transform_more, a_batch_transform_more, reduce_lr_on_plateau, tensorboard, wandb, freeze,
-    fine_tune, rates_that_differ, schedules, lr_find, callbacks_come_and_go, gradient_accumulation, cancelled, mixes,
-    save_model, early_stopping, csv_logger, interpretation, predictions, loaders_like_these, a_loader_of_another_kind,
-    items, devices_by_name, export, metrics,
+    fine_tune, rates_that_differ, schedules, lr_find, callbacks_come_and_go, another_optimizer, settings_of_a_fit,
+    copies, a_fit_that_fails, short_epochs, gradient_accumulation, cancelled, mixes, save_model, early_stopping,
+    csv_logger, interpretation, predictions, loaders_like_these, a_loader_of_another_kind, items, devices_by_name,
+    export, metrics,
 ]  # fmt: skip
 for lines in LINES:
     lines.__test__ = False
