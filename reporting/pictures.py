@@ -20,6 +20,7 @@ MARKS = (ORANGE, "black", GREEN, PURPLE, GREY)
 COLORS = (BLUE, ORANGE, GREEN, PURPLE, GREY, "black", "#56B4E9", "#E69F00")
 AS_IT_IS = {"parse_math": False}  # a text with a name in it: two dollars would make mathematics of it
 MANY = 10  # images, of which an accuracy says something
+BELOW = 6  # points under the lowest accuracy to compare with that are still shown
 MOST_CLASSES = 100  # in the picture of confusions: more are a grey blur, and take memory by their square
 
 
@@ -136,6 +137,8 @@ def save_comparison(
         axes.plot(x, mean, f"{marker}-", ms=3, color=color, label=label)
     for (name, accuracy), style in zip((marks or {}).items(), ("-", "--", ":"), strict=False):
         axes.axhline(accuracy, color="gray", lw=1, ls=style, label=f"{name}: {accuracy:.2f} %")
+    if marks:
+        axes.set_ylim(bottom=min(marks.values()) - BELOW)  # the first epochs would squeeze the end, which is compared
     axes.xaxis.get_major_locator().set_params(integer=True)
     for text in axes.legend(frameon=False, loc="lower right").get_texts():
         text.set(**AS_IT_IS)
