@@ -36,6 +36,7 @@ from training.lr_finder import default_method
 ROOT = HERE.parent
 # Of the network of 6.57 M parameters in 24 epochs: its source is in results/README.md
 TO_BEAT = {"24 epochs, Page, all tricks": 94.68, "24 epochs, Page, plain": 93.92, "24 epochs, the seed": 91.63}
+Results = dict[tuple, dict[str, list[dict]]]  # as `figures.results` has them
 LOSSY = "cifar10-jpeg"
 DATA = {"cifar10": "CIFAR-10", LOSSY: "CIFAR-10 as JPEG"}
 
@@ -49,15 +50,12 @@ def percent(runs: list[dict], key: str = "last_accuracy") -> list[float]:
     return [100 * r[key] for r in runs if r[key] is not None]
 
 
-def accuracy_table(lossy: bool) -> str:
-    """A line for each recipe, data, network and precision: the last epoch's accuracy on the test set over the seeds.
-
-    `lossy`: on the lossy copy of CIFAR-10, or on all other data.
-    """
+def accuracy_table(found: Results) -> str:
+    """A line for each recipe, data, network and precision: the last epoch's accuracy on the test set over the seeds."""
     rows = []
-    for (source, width, valid, precision), groups in results().items():
+    for (source, width, valid, precision), groups in found.items():
         for name, runs in groups.items():
-            if valid == "test" and (source == LOSSY) == lossy:
+            if valid == "test":
                 last, tta = percent(runs), percent(runs, "tta_accuracy")
                 network = f"width {width}, {runs[0]['parameters'] / 1e6:.2f} M"
                 spread = (over_seeds(last), f"{min(last):.2f}, {max(last):.2f}", over_seeds(tta) if tta else "–")
@@ -75,10 +73,10 @@ def unchanged(groups: dict[str, list[dict]]) -> dict[str, list[dict]]:
     return {name: groups[name] for name in names if name in groups}
 
 
-def front_table() -> str:
+def front_table(found: Results) -> str:
     """A line for each unchanged recipe and network on CIFAR-10: the README's first table."""
     rows = []
-    for (source, width, valid, precision), groups in results().items():
+    for (source, width, valid, precision), groups in found.items():
         if (source, valid) != ("cifar10", "test"):
             continue
         for name, runs in unchanged(groups).items():
@@ -101,14 +99,11 @@ def epoch_time(runs: list[dict]) -> tuple[float, str]:
     return min((median(times), name) for name, times in seconds.items())
 
 
-def ablation_tables(lossy: bool) -> str:
-    """What a change of a setting does on a hold-out: each line against that without the change, seed by seed.
-
-    `lossy`: as for `accuracy_table`.
-    """
+def ablation_tables(found: Results) -> str:
+    """What a change of a setting does on a hold-out: each line against that without the change, seed by seed."""
     tables = []
-    for (source, width, valid, precision), groups in results().items():
-        if valid == "test" or (source == LOSSY) != lossy:
+    for (source, width, valid, precision), groups in found.items():
+        if valid == "test":
             continue
         rows = []
         for name, runs in groups.items():
@@ -179,15 +174,18 @@ def made_texts() -> dict[Path, str]:
     models = f"```text\n{section('models', speeds()['2-cores-models']['models'])}\n```"
     precision = f"```text\n{section('precision', speeds()['2-cores-precision']['precision'])}\n```"
     scaled = json.loads((HERE / "scaling.json").read_text())
+    found = results()
+    lossy = {place: groups for place, groups in found.items() if place[0] == LOSSY}
+    exact = {place: groups for place, groups in found.items() if place[0] != LOSSY}
     parts = {
-        ROOT / "README.md": {"results": front_table()},
+        ROOT / "README.md": {"results": front_table(found)},
         ROOT / "docs" / "speed.md": {"loading": loading, "precision": precision},
         ROOT / "docs" / "models.md": {"models": models},
         HERE / "README.md": {
-            "accuracy": accuracy_table(lossy=False),
-            "ablation": ablation_tables(lossy=False),
-            "accuracy, lossy copy": accuracy_table(lossy=True),
-            "ablation, lossy copy": ablation_tables(lossy=True),
+            "accuracy": accuracy_table(exact),
+            "ablation": ablation_tables(exact),
+            "accuracy, lossy copy": accuracy_table(lossy),
+            "ablation, lossy copy": ablation_tables(lossy),
         },
         ROOT / "docs" / "scaling.md": {f"{size} pixels": scaling.table(scaled, size) for size in scaling.SIZES},
     }
