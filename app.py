@@ -1,10 +1,10 @@
-"""A page on which the trained model says what it takes a picture for, and where in it it looked.
+"""A web page on which the trained model classifies a picture and shows where in it the answer comes from.
 
     python app.py [RUN]                the page, on http://127.0.0.1:7860
     python app.py --space DIR [RUN]    a folder that is ready to be a Space of the Hugging Face Hub
 
-RUN is the folder of a run, or a model.safetensors, else the model that this project comes with. It takes
-requirements-app.txt.
+RUN is the folder of a run, or a model.safetensors; without it, the model that comes with this project is used. Needs
+the packages in requirements-app.txt.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from errors import InputError, Stopped, parse, run_command
 
 @dataclass(frozen=True)
 class Options:
-    """Show a page on which a trained model says what it takes pictures for."""
+    """Show a web page on which a trained model classifies pictures."""
 
     model: str = None  # Folder of a run, or a model.safetensors [the model that comes with this file]
     space: str = None  # Write a folder for a Space of the Hugging Face Hub, and stop
@@ -54,10 +54,10 @@ from trained.safe_file import load_safetensors
 if TYPE_CHECKING:
     import gradio
 
-MAX_UPLOAD = 10 * 2**20  # bytes, of all that is sent in one request
+MAX_UPLOAD = 10 * 2**20  # bytes in one request
 LOCAL = ("127.0.0.1", "localhost")
 TOP = 5
-SIDE = 320  # pixels of the picture with the map on it
+SIDE = 320  # pixels of the picture with the heat map
 UNREADABLE = f"This cannot be read as a picture: it must be one of {', '.join(FORMATS)}, of at most {MAX_PIXELS // 10**6} megapixels."
 CSS = "#picture img {width: 100%; height: 100%; object-fit: contain}"  # small pictures large
 FILES = (
@@ -74,7 +74,7 @@ def heat_map(pixels: np.ndarray, heat: np.ndarray) -> np.ndarray:
 
 
 def look(classifier: Classifier, model: Model, path: str) -> tuple[dict[str, float], np.ndarray, str]:
-    """The probability of each class, the picture under its map, and how long it took. Raises InputError."""
+    """The probability of each class, the picture under its heat map, and how long it took. Raises InputError."""
     times = [perf_counter()]
     pixels = np.stack([read_image(Path(path), lambda name: None)])
     times.append(perf_counter())
@@ -89,7 +89,7 @@ def look(classifier: Classifier, model: Model, path: str) -> tuple[dict[str, flo
 
 
 def about(header: dict) -> str:
-    """What the network knows, and what it cannot know."""
+    """A paragraph about what the network was trained on, and how it answers about anything else."""
     classes, kind = header["classes"], "held-out" if header["valid"] == "holdout" else "test"
     names = ", ".join(map(markdown, classes[:20])) + (" …" if len(classes) > 20 else "")
     return (
@@ -101,21 +101,21 @@ def about(header: dict) -> str:
 
 
 def examples_of(file: Path) -> list[Path]:
-    """The pictures in the folder `examples` beside a safe file; no links, as what they lead to is not meant for all."""
+    """The pictures in the folder `examples` beside a model file. No links, which could lead to private files."""
     folder = file.parent / "examples"
     found = [] if folder.is_symlink() else folder.glob("*.png")
     return sorted(path for path in found if path.is_file() and not path.is_symlink())
 
 
 class Limited:
-    """ASGI middleware that refuses a request of more than `MAX_UPLOAD` bytes: gradio looks at each file by itself."""
+    """ASGI middleware that refuses requests of more than `MAX_UPLOAD` bytes, as gradio's own limit is for each file."""
 
     def __init__(self, app: Callable):
         self.app = app
 
     async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
         headers = dict(scope.get("headers", ()))
-        if int(headers.get(b"content-length", 0)) > MAX_UPLOAD or b"transfer-encoding" in headers:  # of no length
+        if int(headers.get(b"content-length", 0)) > MAX_UPLOAD or b"transfer-encoding" in headers:  # of unknown length
             await send({"type": "http.response.start", "status": 413, "headers": []})
             await send({"type": "http.response.body", "body": b"too large"})
         else:
@@ -123,23 +123,23 @@ class Limited:
 
 
 def page(file: Path) -> "gradio.Blocks":
-    """The page for a safe file; the examples on it are those in the folder `examples` beside the file."""
+    """The page for a model.safetensors, with the examples in the folder `examples` beside it."""
     import gradio as gr
 
     classifier, header = load_safetensors(file)
     model, grey = Model.of_torch(classifier, header, torch.device("cpu")), np.full((1, 32, 32, 3), 128, np.uint8)
-    grad_cam(classifier, grey, model.probabilities(grey).argmax(1))  # the first time takes a tenth of a second more
+    grad_cam(classifier, grey, model.probabilities(grey).argmax(1))  # warm-up: the first time takes 0.1 s longer
 
     def shown(upload):
         if upload is None:
             return None, None, ""
         try:
             return look(classifier, model, upload["path"] or "")
-        except (InputError, OSError) as e:  # whose own words name a path of the server
+        except (InputError, OSError) as e:  # its own message would show a path of the server
             raise gr.Error(UNREADABLE, print_exception=False) from e
 
     with gr.Blocks(title="Custom ResNet", analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:  # seconds
-        gr.Markdown(f"# What is in the picture?\n\n{about(header)}", latex_delimiters=[])  # names are in it
+        gr.Markdown(f"# What is in the picture?\n\n{about(header)}", latex_delimiters=[])  # names are no formulas
         with gr.Row():
             with gr.Column(min_width=240):
                 gr.Markdown("### Drop, paste or take a picture")
@@ -153,7 +153,7 @@ def page(file: Path) -> "gradio.Blocks":
                 gr.Markdown("### What it sees, and where it looked")
                 seen = gr.Image(show_label=False, height=SIDE, interactive=False, format="png", buttons=[])
         took = gr.Markdown(elem_id="took")
-        # The file as it was sent: gradio's own reading of it ends in a traceback where it is no picture.
+        # Without gradio's preprocessing, which raises an error for a file that is no picture.
         picture.change(shown, picture, [label, seen, took], api_name="predict", preprocess=False)
         if examples := examples_of(file):
             gr.Examples(
@@ -163,13 +163,13 @@ def page(file: Path) -> "gradio.Blocks":
 
 
 def own_model() -> Path:
-    """The model that comes with this file: beside it in a Space, in the folder `pretrained` in the project."""
+    """The model that comes with this file: in a Space, beside it; in the project, in the folder `pretrained`."""
     here = Path(__file__).parent
     return here / ("model.safetensors" if (here / "model.safetensors").exists() else "pretrained")
 
 
 def write_space(model: Path, folder: Path) -> None:
-    """Write to `folder`, new or empty, what a Space needs to show the page. Raises InputError."""
+    """Write to `folder`, new or empty, all that a Space needs to show the page. Raises InputError if it cannot."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"--space {folder}: it is there already; name a new or an empty folder")
     _, header = load_safetensors(model)
@@ -212,7 +212,7 @@ def main(options: Options) -> None:
     def stop(number, frame):
         raise Stopped(f"stopped by {signal.Signals(number).name}", 128 + number)
 
-    for number in (signal.SIGTERM, signal.SIGHUP):  # else the uploads would stay
+    for number in (signal.SIGTERM, signal.SIGHUP):  # else the uploads would not be deleted
         signal.signal(number, stop)
     with TemporaryDirectory(prefix="custom-resnet-", dir=os.environ.get("GRADIO_TEMP_DIR")) as uploads:
         os.environ["GRADIO_TEMP_DIR"] = uploads
@@ -220,17 +220,17 @@ def main(options: Options) -> None:
 
 
 def show(blocks: "gradio.Blocks", host: str | None, port: int | None) -> None:
-    """Show the page until it is stopped. Raises InputError where it cannot listen there."""
+    """Show the page until it is stopped. Raises InputError if it cannot listen at that address."""
     import gradio as gr
     from starlette.middleware import Middleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
     around = [Middleware(Limited)]
-    if (host or os.environ.get("GRADIO_SERVER_NAME", LOCAL[0])) in LOCAL:  # a page elsewhere can name this one its own
+    if (host or os.environ.get("GRADIO_SERVER_NAME", LOCAL[0])) in LOCAL:  # against DNS rebinding by other pages
         around.append(Middleware(TrustedHostMiddleware, allowed_hosts=LOCAL))
     try:
         family = socket.AF_INET6 if ":" in (host or "") else socket.AF_INET
-        socket.create_server((host or LOCAL[0], port or 0), family=family).close()  # gradio would try for ever
+        socket.create_server((host or LOCAL[0], port or 0), family=family).close()  # gradio would retry for ever
         _, url, _ = blocks.launch(
             server_name=host, server_port=port, max_file_size=MAX_UPLOAD, ssr_mode=False,
             theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),  # not from Google

@@ -1,9 +1,9 @@
 """Augmentation with albumentations, and the rule for its randomness.
 
-What happens to a sample depends only on (seed, epoch, position in the epoch), and where flips alternate on which image
-it is: not on the number of workers, and not on what was drawn before. An `A.Compose` left alone draws from a generator
-made when it was built. fastai's workers are forked from the same parent every epoch, so they would all repeat the same
-draws, in every epoch.
+How a sample is augmented depends only on (seed, epoch, position in the epoch), and with alternating flips on which
+image it is: not on the number of workers, and not on earlier draws. An `A.Compose` by itself draws from a generator
+made when it was built. fastai forks its workers from the same parent in every epoch, so all of them would repeat the
+same draws, epoch after epoch.
 """
 
 import os
@@ -20,10 +20,10 @@ cv2.setNumThreads(0)  # images this small are done before another thread has sta
 
 
 class Cutout(A.ImageOnlyTransform):
-    """Fill one `size` x `size` square of the image, anywhere inside it with the same probability, with `fill` (0..255).
+    """Fill one `size` x `size` square, at a uniformly random place inside the image, with `fill` (RGB, 0..255).
 
-    Equal in distribution to `A.CoarseDropout` with one hole of that size, which draws the number of holes and their
-    sizes too and takes several times as long. Source: DeVries and Taylor, "Cutout" (2017), section 3.
+    Has the distribution of `A.CoarseDropout` with one hole of that size, which also draws the number of holes and their
+    sizes and takes several times as long. Source: DeVries and Taylor, "Cutout" (2017), section 3.
     """
 
     def __init__(self, size: int = 8, fill: Sequence[int] = (125, 123, 114), p: float = 1.0):
@@ -44,8 +44,8 @@ class Cutout(A.ImageOnlyTransform):
 def train_transforms(
     size: int = 32, pad: int = 4, flip: float = 0.5, cutout: int = 8, fill: Sequence[int] = (125, 123, 114)
 ) -> A.Compose:
-    """Reflect `pad` pixels and crop `size`x`size` at random, flip with probability `flip`, then blank out one `cutout`
-    x `cutout` square with `fill` (RGB, 0..255). uint8 (size, size, 3) → the same. `cutout` 0 leaves the square out.
+    """Pad by `pad` reflected pixels, crop `size` x `size` at random, flip with probability `flip`, and fill one
+    `cutout` x `cutout` square with `fill` (RGB, 0..255); 0 for no square. uint8 (size, size, 3) → the same.
 
     Source of pad, crop and flip: He et al., "Deep Residual Learning" (2015), section 4.2.
     """
@@ -80,14 +80,14 @@ class BitRandom(random.Random):
         return value >> (-k % 64)
 
 
-_AUGMENTATION, _PARITY = 0, 1  # what a stream of random numbers is for
+_AUGMENTATION, _PARITY = 0, 1  # the purposes that have random streams of their own
 
 
 class KeyedAugment:
-    """An albumentations pipeline whose randomness is keyed: the same (seed, epoch, position), the same result.
+    """An albumentations pipeline with keyed randomness: the same (seed, epoch, position) gives the same result.
 
-    With `alternating` an image comes one way round in even epochs and the other way in odd ones, so that any two epochs
-    in a row show both. Source: Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU" (2024), section 3.6.
+    With `alternating`, an image is flipped in every other epoch, so that any two epochs in a row show both of its
+    orientations. Source: Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU" (2024), section 3.6.
     """
 
     def __init__(self, transforms: A.Compose, seed: int = 0, alternating: bool = False):
@@ -95,7 +95,7 @@ class KeyedAugment:
         first = next(iter(transforms.transforms), None)
         self.pad = None
         if isinstance(first, A.PadIfNeeded) and first.position != "random" and first.p == transforms.p == 1:
-            # The same for every image: albumentations pads a whole batch in a quarter of the time.
+            # Padding is the same for every image, and for a whole batch takes albumentations a quarter of the time.
             self.pad, transforms = first, A.Compose(transforms.transforms[1:])
         self.transforms = transforms
         self._bits = np.random.Philox(key=[seed, 0])
@@ -107,7 +107,7 @@ class KeyedAugment:
     ) -> np.ndarray:
         """Augment uint8 (n, H, W, 3) images that stand at `positions` of `epoch`; a new array of the same shape.
 
-        rows: what each image is called; it counts where flips alternate.
+        rows: each image's number, by which alternating flips know it.
         """
         out = np.empty_like(images)
         if self.alternating:
@@ -121,10 +121,10 @@ class KeyedAugment:
         return out
 
     def _stream(self, epoch: int, place: int, purpose: int) -> np.random.BitGenerator:
-        """The bit generator, at the beginning of a stream of its own.
+        """The bit generator, at the start of the stream of these numbers.
 
-        Philox is counter-based: key and counter are its whole state, so that going to a stream costs 1 µs, where
-        seeding a generator costs 7 to 20. The counter's first word counts the stream's draws.
+        Philox is counter-based: its whole state is a key and a counter, so moving to a stream costs 1 µs, where seeding
+        a generator costs 7 to 20. The counter's first word counts the draws within a stream.
         """
         self._start["state"]["counter"][:] = (0, place, epoch, purpose)
         self._bits.state = self._start

@@ -28,17 +28,17 @@ VALID = ("test", "holdout")
 
 
 def picture(o: list | tuple):
-    """A row of the table, or a pair of an image and its class → the image."""
+    """A row of the table, or an (image, class) pair → the image."""
     return o[0]
 
 
 def label(o: list | tuple | str | Path):
-    """A row of the table, or such a pair → the class; of a file by itself, the folder that it is in."""
+    """A row of the table, or an (image, class) pair → the class; a file → the name of its folder."""
     return parent_label(o) if isinstance(o, str | Path) else o[1]
 
 
 def whole(function: Callable) -> ItemTransform:
-    """`function` as a transform that gets a pair as it is; fastai would hand it the one and then the other."""
+    """`function` as a transform that is given a pair whole, where fastai would call it on each of the two."""
     transform = ItemTransform(function)
     transform._retain = False
     return transform
@@ -51,7 +51,7 @@ def rgb_image(o: str | Path | bytes | np.ndarray | Image.Image | torch.Tensor) -
     if isinstance(o, np.ndarray) and o.ndim == 3 and o.shape[2] == 1:
         o = o[..., 0]
     if isinstance(o, str | Path | bytes):
-        o = Image.open(io.BytesIO(o) if isinstance(o, bytes) else o)  # fastai would make RGB of it, and 16 bits white
+        o = Image.open(io.BytesIO(o) if isinstance(o, bytes) else o)  # fastai's conversion turns 16-bit images white
     return PILImage.create(to_rgb(o if isinstance(o, Image.Image) else PILImage.create(o)))
 
 
@@ -68,12 +68,11 @@ def get_dls(
 ) -> DataLoaders:
     """Training and validation loaders of (N, 3, 32, 32) normalised floats and N labels.
 
-    `valid` "test" validates on the test set; "holdout" on the part `valid_pct` of
-    each class of the training set, chosen by `seed`.
-    `workers` is the number of loader processes (default: one a core up to 8 for a GPU, 0 where the CPU also trains; the
-    processes of one training share a machine's cores),
-    `flips` "alternating" has every image come the other way round from epoch to epoch, unless `flip` is 0;
-    `augmentation` goes to `aug.train_transforms`. Sources are those of `images.sources.load_images`. Raises InputError.
+    `source` is anything that `images.sources.load_images` reads. `valid` "test" validates on the test set, "holdout" on
+    a fraction `valid_pct` of each class of the training set, chosen by `seed`. `workers` is the number of loader
+    processes (default: for a GPU one a core up to 8, shared by the processes of one run; 0 where the CPU trains).
+    `flips` "alternating" flips every image in every other epoch, unless `flip` is 0. `augmentation` goes to
+    `aug.train_transforms`. Raises InputError for a value out of range, and for images that cannot be used.
     """
     for name, value, known in (("valid", valid, VALID), ("flips", flips, FLIPS)):
         if value not in known:
@@ -99,7 +98,7 @@ def get_dls(
     augmentation = {"fill": [round(255 * m) for m in mean], **augmentation}
     alternating = flips == "alternating" and augmentation.get("flip", 1) > 0
     if alternating:
-        augmentation["flip"] = 0  # done, without chance, before all else
+        augmentation["flip"] = 0  # `KeyedAugment` flips before all else, and not by chance
     block = DataBlock(
         blocks=(
             TransformBlock(type_tfms=rgb_image, item_tfms=ToTensor, batch_tfms=IntToFloatTensor),
@@ -113,12 +112,12 @@ def get_dls(
         dl_type=KeyedDL,
     )
     train_kwargs = {"num_workers": workers, "seed": seed, "persistent_workers": True}
-    valid_kwargs = {"num_workers": 0}  # a validation batch is a copy out of the table, cheaper than passing it on
+    valid_kwargs = {"num_workers": 0}  # a validation batch is a copy out of the table: cheaper than sending it over
     return block.dataloaders(table, bs=bs, device=device, dl_kwargs=[train_kwargs, valid_kwargs])
 
 
 def _split(table: ImageTable, valid: str, valid_pct: float, seed: int) -> tuple[list[int], list[int]]:
-    """Rows to train and to validate on."""
+    """The rows to train on, and those to validate on."""
     if valid == "test":
         return np.flatnonzero(table.is_train).tolist(), np.flatnonzero(~table.is_train).tolist()
     held_out = []

@@ -17,7 +17,7 @@ from interrupts import Interrupted, end_at_once, stops_raised
 from names import printable
 from startup import keep_freed_memory, let_idle_threads_sleep
 
-warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated")  # fastai's import, nothing to do here
+warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated")  # from fastai's import
 
 OTHER_WORDS = {  # timm's, YOLO's and fastai's words for our options
     "--amp": "--precision", "--arch": "--width", "--batch": "--bs", "--batch-size": "--bs", "--checkpoint": "--resume",
@@ -30,14 +30,14 @@ OTHER_WORDS = {  # timm's, YOLO's and fastai's words for our options
 
 
 class InputError(ValueError):
-    """Something the user gave cannot be used. The message is one line: the thing at fault, and what to do."""
+    """Bad input from the user. The message is one line: what is at fault, and what to do."""
 
     def __init__(self, message: str):
-        super().__init__(printable(re.sub(r"\s*\n\s*", " ", message.strip())))  # a library's words can have several
+        super().__init__(printable(re.sub(r"\s*\n\s*", " ", message.strip())))  # a library's message can have several
 
 
 class Stopped(Exception):
-    """Training ended early because it was asked to. The message is one line: where, and how to go on."""
+    """Training was asked to stop. The message is one line: where it stopped, and how to resume."""
 
     def __init__(self, message: str, code: int):
         super().__init__(printable(message))
@@ -47,16 +47,16 @@ class Stopped(Exception):
 def fail(message: object, code: int = 2) -> NoReturn:
     """End the command with one line on stderr."""
     if (rank := os.environ.get("RANK", "0")) != "0":
-        sleep(10)  # what stops rank 0, too, is for rank 0 to say: the launcher then ends the others before this
+        sleep(10)  # if rank 0 fails as well, it reports that, and the launcher ends the others in the meantime
         message = f"rank {rank}: {message}"
     print(f"{Path(sys.argv[0]).name}: error: {message}", file=Lasting(sys.stderr))
     sys.exit(code)
 
 
 class Lasting:
-    """A standard stream that outlasts its reader: whatever cannot be written to it any more is lost, and that is all.
+    """A standard stream that ignores failing writes, and drops what it cannot write.
 
-    So a training goes on behind a closed terminal, `head -1` or a log on a full disk.
+    So training continues when the terminal is closed, after `| head -1`, and when the disk with the log is full.
     """
 
     def __init__(self, stream: TextIO):
@@ -77,26 +77,26 @@ class Lasting:
             func(*args)
         except OSError:
             with open(os.devnull, "w") as nowhere:
-                os.dup2(nowhere.fileno(), self.stream.fileno())  # also for what is still in its buffer
+                os.dup2(nowhere.fileno(), self.stream.fileno())  # also takes what is still in the buffer
 
 
 @contextmanager
 def lasting_streams() -> Iterator[None]:
-    """Within this, whatever is printed outlasts its reader."""
+    """Within this, printing never fails."""
     with redirect_stdout(Lasting(sys.stdout)), redirect_stderr(Lasting(sys.stderr)):
         yield
 
 
 def leave_stdout() -> None:
-    """Write no more to stdout, as that has failed; else Python tries once more at its end."""
+    """Redirect stdout to nowhere after a failed write; Python would otherwise try to flush it once more at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def run_command(func: Callable, *args, **kwargs) -> Any:
-    """What `func` returns; bad input or a failing disk is one line and exit code 2, a signal one line and its own."""
+    """Return what `func` returns. Bad input or a failing disk: one line, exit code 2. A signal: one line, its code."""
     if sys.stdout is None:
         fail("stdout is closed; send it to a file, or to /dev/null")
-    # Whoever follows a log file sees each line as it comes, and what the terminal cannot show as an escape.
+    # Log files show each line at once, and characters that the terminal cannot show become escapes.
     sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     try:
         with stops_raised():
@@ -107,13 +107,13 @@ def run_command(func: Callable, *args, **kwargs) -> Any:
         if os.environ.get("RANK", "0") == "0":
             print(f"{Path(sys.argv[0]).name}: {e}", file=Lasting(sys.stderr))
         sys.exit(e.code)
-    except BrokenPipeError:  # whoever reads the output has had enough, as `head` does
+    except BrokenPipeError:  # the reader has ended, as `head` does
         leave_stdout()
         sys.exit(1)
-    except OSError as e:  # a disk that is full, broken or another user's is no bug of ours
+    except OSError as e:  # a full or broken disk, or missing permissions: no bug of ours
         try:
             if e.filename is None:
-                print(flush=True)  # is it stdout that cannot be written to, as /dev/full and a full disk?
+                print(flush=True)  # fails if it is stdout that cannot be written to
         except OSError as of_stdout:
             leave_stdout()
             fail(f"stdout: {of_stdout.strerror}; send it somewhere else")
@@ -122,12 +122,12 @@ def run_command(func: Callable, *args, **kwargs) -> Any:
         fail(InputError(f"{e.filename or 'a file'}: {e.strerror}"))
     except Interrupted as e:
         if sys.stdout.isatty():
-            print()  # the bar's line ends here
+            print()  # ends the progress bar's line
         fail(e, e.code)
 
 
 def right_option(word: str, options: Sequence[str]) -> str | None:
-    """The one of a command's `options` that the unknown `word` stands for, None where there is none."""
+    """The one of `options` that the unknown option `word` most likely means, None if there is none."""
     word = word.split("=")[0].replace("_", "-")
     if OTHER_WORDS.get(word, word).split()[0] in options:
         return OTHER_WORDS.get(word, word)
@@ -135,19 +135,19 @@ def right_option(word: str, options: Sequence[str]) -> str | None:
 
 
 def parse(func: Callable, pos: Sequence[str] = ()) -> Any:
-    """What `func`, a dataclass of options or a command's function, makes of the command line that its signature
-    describes, as with fastcore's `call_parse`, but strictly.
+    """Call `func`, a dataclass of options or a command's function, with the arguments on the command line.
 
-    An option must be spelled out (no abbreviations), and a wrong one is one line that names the right ones, where
-    argparse would print its whole usage first. `pos` names arguments that stay positional though they have a default.
+    Like fastcore's `call_parse`, which reads options, types and help from the signature, but strict: options cannot be
+    abbreviated, and a wrong one is one line with a suggestion, where argparse would print its whole usage first. `pos`
+    names arguments that are positional although they have a default.
     """
     keep_freed_memory()
     let_idle_threads_sleep()
     end_at_once()
-    if func.__module__ == "__main__":  # there fastcore does not look for a dataclass's comments, which --help shows
+    if func.__module__ == "__main__":  # fastcore would not find the comments there, from which it makes the help
         line = vars(func).get("__firstlineno__")
         func.__module__ = Path(sys.argv[0]).stem
-        if line is not None:  # Python from 3.13 on forgets with the module where a class's source is
+        if line is not None:  # from Python 3.13 on, setting the module forgets the line where the class is
             func.__firstlineno__ = line
         sys.modules.setdefault(func.__module__, sys.modules["__main__"])
     parser = anno_parser(func, pos=pos)

@@ -1,11 +1,11 @@
 """Make another file of a trained model, or publish it.
 
-    python export.py RUN --to onnx              RUN/model.onnx, for onnxruntime and whatever else reads ONNX
+    python export.py RUN --to onnx              RUN/model.onnx, for onnxruntime and anything else that reads ONNX
     python export.py RUN --to pt2               RUN/model.pt2, for `torch.export.load`
-    python export.py RUN --to half              RUN/model.half.safetensors, the weights in 16 bits each
+    python export.py RUN --to half              RUN/model.half.safetensors, with fp16 weights
     python export.py RUN --push USER/NAME       the folder, with its model card, to the Hugging Face Hub
 
-RUN is the folder of a run that has ended. ONNX and pt2 take pixels as they come out of a decoder, uint8 (N, 32, 32, 3).
+RUN is the folder of a run that has finished. ONNX and pt2 models take decoded pixels, uint8 (N, 32, 32, 3).
 """
 
 from dataclasses import dataclass
@@ -53,12 +53,12 @@ WRITERS: dict[str, Callable] = {"onnx": save_onnx, "pt2": save_pt2, "half.safete
 
 
 def send(run: Path, repo: str, private: bool = False) -> str:
-    """Send the files of `run` that are known to be for all to see to `repo` on the Hugging Face Hub; returns its address.
+    """Send the public files of `run` to `repo` on the Hugging Face Hub; returns its address.
 
-    The card that is sent names `repo`. Raises InputError where the run has no model card, or the Hub cannot be reached
-    or will not take it.
+    The card that is sent names `repo`. Raises InputError if the run has no model card, or the Hub cannot be reached or
+    rejects it.
     """
-    if not (run / "result.json").is_file():  # whatever else lies in a folder is not for all to see
+    if not (run / "result.json").is_file():  # do not publish another kind of folder
         raise InputError(f"--push: {run} is not the folder of a run that has ended, no result.json in it")
     if not (run / "README.md").is_file():
         raise InputError(f"--push: {run} has no model card; python report.py {run} writes it")
@@ -80,7 +80,7 @@ def send(run: Path, repo: str, private: bool = False) -> str:
         api.create_repo(repo, private=private, exist_ok=True)
         files = [CommitOperationAdd(name, path) for name, path in (paths | {"README.md": card}).items()]
         api.create_commit(repo, files, commit_message=f"Add {run.name}")
-    except Exception as e:  # no network, no right, a wrong name: each is of another type, and they change
+    except Exception as e:  # no network, no permission, a wrong name: the types are many, and change
         raise InputError(f"--push {repo}: the Hub does not take it ({type(e).__name__}: {e})") from e
     return f"{api.endpoint}/{repo}"
 

@@ -1,4 +1,4 @@
-"""Files that appear under their name complete or not at all, and folders that one process holds at a time."""
+"""Atomic and durable file writing, and folders that one process at a time locks."""
 
 import csv
 import errno
@@ -18,12 +18,12 @@ except ImportError:  # Windows has no such locks
     fcntl = None
 
 LOCK = ".lock"
-BESIDE = re.compile(r"\..+\.\d+(\.\w+)?")  # how `complete` names what it writes to
-ABSENT = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL)  # what a file system says of what it does not have
+BESIDE = re.compile(r"\..+\.\d+(\.\w+)?")  # the temporary names of `complete`
+ABSENT = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL)  # errors for what a file system does not support
 
 
 def to_disk(path: Path) -> None:
-    """Have a file's content, or a folder's names, outlive a power cut; where the file system can do that."""
+    """Make a file's content, or the names in a folder, survive a power cut, if the file system can do that."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except PermissionError:  # a folder that can be written to but not read; any folder on Windows
@@ -39,9 +39,9 @@ def to_disk(path: Path) -> None:
 
 @contextmanager
 def complete(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to: it takes `path`'s name when the block ends, and goes away when it fails.
+    """A temporary path beside `path` to write to; it is renamed to `path` when the block ends, deleted if it fails.
 
-    After the block it is on the disk, and so is its name.
+    After the block, content and name are on the disk.
     """
     beside = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")  # a writer takes its format from the suffix
     try:
@@ -50,27 +50,27 @@ def complete(path: Path) -> Iterator[Path]:
         os.replace(beside, path)
         to_disk(path.parent)
     except OSError as e:
-        if e.filename in (None, str(beside), beside):  # a write that fails does not know its file
+        if e.filename in (None, str(beside), beside):  # the error of a failed write names no file
             e.filename = str(path)
         raise
     finally:
-        with suppress(OSError):  # on a disk that has become read-only it stays
+        with suppress(OSError):  # a disk can have become read-only
             beside.unlink(missing_ok=True)
 
 
 def leftovers(folder: Path) -> list[Path]:
-    """What `complete` has left in `folder` where its process was killed."""
+    """Temporary files in `folder`, left by a `complete` whose process was killed."""
     return [path for path in folder.glob(".*") if BESIDE.fullmatch(path.name)]
 
 
 def write_json(path: Path, content: dict) -> None:
-    """Write `content`, complete or not at all."""
+    """Write `content` as JSON, complete or not at all."""
     with complete(path) as beside:
         beside.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def write_csv(path: Path, names: Iterable[str], rows: Iterable[Iterable]) -> None:
-    """Write `rows` under a line of `names`, complete or not at all."""
+    """Write `rows` under a header of `names`, complete or not at all."""
     with complete(path) as beside, beside.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(names)
@@ -79,16 +79,16 @@ def write_csv(path: Path, names: Iterable[str], rows: Iterable[Iterable]) -> Non
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold `folder` for this process, however it ends. Raises InputError where another one does.
+    """Lock `folder` for this process, however that ends. Raises InputError if another process has locked it.
 
-    Its file `.lock` stays: were it deleted, two processes could hold it, one by the old file and one by a new one.
+    The file `.lock` is never deleted: two processes could then both hold a lock, one on the old file, one on a new one.
     """
     path = folder / LOCK
     if path.is_symlink():
         raise InputError(f"{path}: this is a link, and would lock what it points to; delete it")
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
     try:
-        if fcntl:  # lockf, as flock would be held by worker processes that live longer
+        if fcntl:  # lockf, as worker processes would inherit and keep a flock
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as e:
         if e.errno not in ABSENT:

@@ -12,7 +12,7 @@ if hasattr(signal, "SIGHUP"):  # Windows has none
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal has asked this process to end; `code` is that for the shell. Ends what Ctrl-C would end."""
+    """A signal has asked this process to end; `code` is the exit code. Caught wherever Ctrl-C is."""
 
     def __init__(self, number: int):
         super().__init__(f"stopped by {NAMES[number]}")
@@ -20,25 +20,25 @@ class Interrupted(KeyboardInterrupt):
 
 
 def handle_stops(handler: Callable) -> dict:
-    """Have `handler(number, frame)` called at those of the signals that are not ignored; returns who was before."""
-    known = [number for number in NAMES if signal.getsignal(number) != signal.SIG_IGN]  # as `nohup` has it
+    """Install `handler(number, frame)` for those signals that are not ignored; returns the previous handlers."""
+    known = [number for number in NAMES if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores SIGHUP
     return {number: signal.signal(number, handler) for number in known}
 
 
 def end_at_once() -> None:
-    """From now on a signal is one line and the end: for as long as imports last, which leave nothing to clean up."""
+    """From now on, a signal prints one line and ends the process: during imports there is nothing to clean up."""
     handle_stops(_end)
 
 
 def _end(number: int, frame) -> None:
-    if os.environ.get("RANK", "0") == "0":  # of several processes one says so
+    if os.environ.get("RANK", "0") == "0":  # of several processes, only the first prints
         os.write(2, f"{os.path.basename(sys.argv[0])}: error: stopped by {NAMES[number]}\n".encode())
-    os._exit(128 + number)  # an exception could be caught by whatever is being imported
+    os._exit(128 + number)  # the code being imported could catch an exception
 
 
 @contextmanager
 def stops_raised() -> Iterator[None]:
-    """Within this a signal is an `Interrupted` in the main thread."""
+    """Within this, a signal raises `Interrupted` in the main thread."""
 
     def interrupt(number):
         raise Interrupted(number)
@@ -49,11 +49,11 @@ def stops_raised() -> Iterator[None]:
 
 @contextmanager
 def stops_taken(handler: Callable[[int], None]) -> Iterator[None]:
-    """Within this `handler(number)` is called at a signal, in this process alone."""
+    """Within this, `handler(number)` is called at a signal, in this process alone."""
     owner = os.getpid()
 
     def handle(number, frame):
-        if os.getpid() == owner:  # and not a process that has just been forked
+        if os.getpid() == owner:  # not in a process that has just been forked
             handler(number)
 
     before = handle_stops(handle)

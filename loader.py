@@ -1,4 +1,4 @@
-"""The loader: whole batches of an `ImageTable`, augmented under keys, by worker processes or without any."""
+"""The loader: whole batches of an `ImageTable`, augmented with keyed randomness, with or without worker processes."""
 
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -16,14 +16,14 @@ from fasttransform import Transform
 from images.table import ImageTable
 from workers import Key, Workers
 
-APART = 2**32  # no training has so many epochs
+APART = 2**32  # epochs from here on are never trained on
 
 
 class Augment(Transform):
-    """Augmentation of training images as fastai's item transform; `KeyedDL` has its `pipeline` take whole batches.
+    """Augmentation of training images as a fastai item transform; `KeyedDL` gives its `pipeline` whole batches instead.
 
     pipeline: uint8 (n, 32, 32, 3), an epoch, n positions in it and n rows of the table → the same shape.
-    key: (epoch, position, row) of the item under way. A loader of another kind gives none: then chance does.
+    key: (epoch, position, row) of the current item. Other loaders set none, and the key is then drawn at random.
     """
 
     split_idx = 0
@@ -37,34 +37,34 @@ class Augment(Transform):
 
 
 class Batches:
-    """A loader's batches by key: an epoch, the positions in it, and the rows of the `ImageTable` that stand there."""
+    """Builds a loader's batches by key: an epoch, positions in it, and the rows of the `ImageTable` at these."""
 
     def __init__(self, loader: "KeyedDL"):
         self.dataset, self.seed, self.transforms = loader.dataset, loader.seed or 0, list(loader.after_item.fs)
         self.augments = [t for t in self.transforms if isinstance(t, Augment) and t.split_idx == self.dataset.split_idx]
         self.by_item = None
         if not all(isinstance(t, Augment | ToTensor) for t in self.transforms):
-            with _generators_kept():  # a new loader draws a seed
+            with _generators_kept():  # a new loader draws its seed from Python's generator
                 self.by_item = TfmdDL.new(loader, cls=TfmdDL, num_workers=0)
-            self.by_item.before_iter()  # tells the transforms whether these images are to train on
+            self.by_item.before_iter()  # sets the transforms' split_idx
 
     def suits(self, loader: "KeyedDL") -> bool:
-        """Whether the loader still has these transforms."""
+        """Whether the loader still has the transforms that this was made with."""
         return self.transforms == list(loader.after_item.fs)
 
     def build(self, epoch: int, positions: range, rows: np.ndarray) -> tuple:
-        """uint8 (n, 3, 32, 32) and n labels, as fastai's tensors; what transforms of the user's own make of them."""
+        """uint8 (n, 3, 32, 32) and n labels as fastai's tensors, or what the user's item transforms make of them."""
         if self.by_item is not None:
             with _generators_kept():
                 items = [self._item(epoch, *place) for place in zip(positions, rows.tolist(), strict=True)]
-            return self.by_item.do_batch([item for item in items if item is not None])  # a transform may skip one
+            return self.by_item.do_batch([item for item in items if item is not None])  # a transform may skip an item
         images, *labels = self.dataset.items.batch(rows)[: len(self.dataset.tls)]  # a test set has no labels
         for augment in self.augments:
             images = augment.pipeline(images, epoch, positions, rows)
         return _typed(torch.from_numpy(images), *labels)
 
     def _item(self, epoch: int, position: int, row: int) -> tuple | None:
-        random.seed(f"{self.seed} {epoch} {position}")  # what other transforms draw is keyed, too
+        random.seed(f"{self.seed} {epoch} {position}")  # so that other transforms' draws are keyed, too
         np.random.seed(random.getrandbits(32))
         torch.default_generator.manual_seed(random.getrandbits(32))
         with _keyed(self.augments, epoch, position, row):
@@ -72,11 +72,11 @@ class Batches:
 
 
 class KeyedDL(TfmdDL):
-    """A `TfmdDL` that builds a whole uint8 batch of an `ImageTable` in one go; floats are made on the device.
+    """A `TfmdDL` that builds whole uint8 batches of an `ImageTable`, and makes floats of them on the device.
 
     With a `seed`, order and augmentation depend on (seed, epoch, position) alone. `epoch` counts how often the loader
-    has been iterated; set it to repeat an epoch. An item transform of the user's own has it go item by item, as fastai
-    does, under the same keys. Items from elsewhere (`test_dl`, `predict`) take fastai's usual way.
+    has been iterated; set it to repeat an epoch. With item transforms of the user's own it builds batches item by item,
+    as fastai does, with the same keys. Items that are not an `ImageTable` (`test_dl`, `predict`) go fastai's usual way.
     """
 
     def __init__(self, dataset, *args, seed: int | None = None, **kwargs):
@@ -87,34 +87,34 @@ class KeyedDL(TfmdDL):
             self.epoch = self.rng.getrandbits(32)
 
     def begin_at(self, epoch: int, batch: int):
-        """Iterate over `epoch` next, and leave out what comes before `batch`."""
+        """Iterate over `epoch` next, starting at `batch`."""
         self.epoch, self.first = epoch - 1, (epoch, batch)
 
     def deal(self, rank: int, size: int):
-        """Take share `rank` of every batch, of `size` shares; the others are for other processes.
+        """Take share `rank` of `size` of every batch, one share for each process.
 
-        No image is in two shares or in none; where a batch has fewer images than there are shares, some go without.
+        Every image is in exactly one share; if a batch has fewer images than there are shares, some are empty.
         """
         self.share = rank, size
 
     @property
     def share_size(self) -> int:
-        """The images of a batch that are for this process, at most."""
+        """The largest number of images in this process's share of a batch."""
         return -(-self.bs // self.share[1])
 
     def __getstate__(self):
         return {**self.__dict__, "_workers": None}
 
     def new(self, dataset=None, cls=None, **kwargs):
-        if dataset is None and issubclass(cls or KeyedDL, KeyedDL):  # one of another kind knows no seed
-            # Where it is told its order, as by `get_preds`, it looks at images, and each look is another draw.
+        if dataset is None and issubclass(cls or KeyedDL, KeyedDL):  # other classes take no seed
+            # Given an order, as by `get_preds`, it is not for training: then every pass draws anew.
             kwargs = {"seed": None if "get_idxs" in kwargs else self.seed, **kwargs}
-        elif dataset is not None and not len(dataset):  # that of an export, where no file is to need what augments
+        elif dataset is not None and not len(dataset):  # of `learn.export`: the file should not need the augmentation
             kwargs = {"after_item": [t for t in self.after_item.fs if not isinstance(t, Augment)], **kwargs}
         return super().new(dataset, cls, **kwargs)
 
     def one_batch(self):
-        """A batch to look at, of an epoch apart: what is trained on does not depend on how often somebody looks."""
+        """A batch to look at, of an epoch that is never trained on: looking changes nothing about the training."""
         epoch, self.epoch, self.looks = self.epoch, APART + self.looks, self.looks + 1
         try:
             return super().one_batch()
@@ -122,13 +122,13 @@ class KeyedDL(TfmdDL):
             self.epoch = epoch
 
     def do_item(self, s):
-        with _keyed(self.after_item.fs, max(self.epoch, 0), s or 0, s or 0):  # only `tta` augments items from elsewhere
+        with _keyed(self.after_item.fs, max(self.epoch, 0), s or 0, s or 0):  # `tta` augments such items, too
             return super().do_item(s)
 
     def before_iter(self):
         super().before_iter()
         self.epoch += 1
-        # To pin memory is for a GPU alone: a loader from a file may be where there is none.
+        # Pinned memory needs a GPU, and a loader from a file may have come to a machine without one.
         on_gpu = self.device is not None and torch.device(self.device).type == "cuda"
         self.pin_memory = self.fake_l.pin_memory = on_gpu
 
@@ -148,7 +148,7 @@ class KeyedDL(TfmdDL):
     def _from_workers(self) -> Iterator[tuple]:
         workers = self._workers
         if workers is None or workers.busy or not workers.builder.suits(self) or self.share_size > workers.size:
-            # The old ones stop before the new ones start, but for those that another iteration is still busy with.
+            # The old processes stop before new ones start, unless another iteration is still using them.
             self._workers = workers = None
             workers = Workers(Batches(self), self.fake_l.num_workers, self.share_size, self.timeout)
             if self.fake_l.persistent_workers:
@@ -156,16 +156,16 @@ class KeyedDL(TfmdDL):
         for batch in workers.take(self._keys(self.epoch)):
             if workers.builder.by_item is None:
                 x, *labels = batch
-                batch = _typed(x if self.pin_memory else x.clone(), *labels)  # to pin it is to copy it
+                batch = _typed(x if self.pin_memory else x.clone(), *labels)  # pinning copies, too
             yield batch
         if workers is self._workers and self.seed is not None:
-            workers.begin(self._keys(self.epoch + 1))  # what is most likely asked for next; validation leaves the time
+            workers.begin(self._keys(self.epoch + 1))  # most likely needed next; validation leaves the time for it
 
     def _keys(self, epoch: int) -> list[Key]:
-        """The epoch, the positions in it and the rows of every batch, or of this process's share of it."""
+        """The key of every batch of `epoch`, or of this process's share of each."""
         keys, (first_epoch, first), (rank, size) = [], self.first, self.share
         order = self.get_idxs() if epoch == self.epoch else self._order(epoch)
-        if not isinstance(order, np.ndarray):  # fastai's own, and `show_batch(unique=True)` has them never end
+        if not isinstance(order, np.ndarray):  # fastai's own order, which for `show_batch(unique=True)` is endless
             order = np.fromiter(islice(order, self.n), int)
         for start in range(first * self.bs if epoch == first_epoch else 0, self.n, self.bs):
             n = min(self.bs, self.n - start)
@@ -178,30 +178,30 @@ class KeyedDL(TfmdDL):
         return super().get_idxs() if self.seed is None else self._order(max(self.epoch, 0))
 
     def _order(self, epoch: int) -> np.ndarray:
-        # As an array: fastai's lists of numbers take five times the room, in every process.
+        # An array, as a list of numbers takes five times the memory, in every process.
         return np.random.default_rng([self.seed, epoch]).permutation(self.n) if self.shuffle else np.arange(self.n)
 
     def to_detach(self, b, cpu: bool = True, gather: bool = True):
-        """fastai's hook: the metrics' sums (single numbers) stay on the device, so that no batch waits for it.
+        """fastai's hook: the metrics' sums (scalars) stay on the device, so that no batch waits for it.
 
-        Nor for other processes: `training.distributed.all_ranks` adds them up at the end.
+        Nor does a batch wait for other processes: `training.distributed.all_ranks` adds the sums up after validation.
         """
         return to_detach(b, cpu and getattr(b, "ndim", None) != 0, gather=False)
 
     def show_results(self, *args, **kwargs):
-        import fastai.vision.learner  # noqa: F401  tells fastai how to draw images with predictions; takes two seconds
+        import fastai.vision.learner  # noqa: F401  registers how to draw predictions; takes two seconds to import
 
         return super().show_results(*args, **kwargs)
 
 
 def _typed(x: torch.Tensor, *labels: np.ndarray) -> tuple:
-    """fastai's tensors for uint8 (n, H, W, C) and n labels: the first is a view, (n, C, H, W)."""
+    """uint8 (n, H, W, C) and n labels → fastai's tensors; the images become a view of shape (n, C, H, W)."""
     return TensorImage(x.permute(0, 3, 1, 2)), *(TensorCategory(torch.from_numpy(y)) for y in labels)
 
 
 @contextmanager
 def _keyed(transforms: Sequence[Transform], *key: int) -> Iterator[None]:
-    """Within this the augmentations among `transforms` have this key."""
+    """Within this, the augmentations among `transforms` use this key."""
     augments = [t for t in transforms if isinstance(t, Augment)]
     for t in augments:
         t.key = key
@@ -214,7 +214,7 @@ def _keyed(transforms: Sequence[Transform], *key: int) -> Iterator[None]:
 
 @contextmanager
 def _generators_kept() -> Iterator[None]:
-    """On leaving, the random generators of Python, numpy and the CPU are as they were on entering."""
+    """Within this, draws from the generators of Python, numpy and torch's CPU leave no trace: they are restored."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
         yield

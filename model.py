@@ -20,7 +20,7 @@ NORMS = {
 
 
 def conv_norm_relu(c_in: int, c_out: int, norm: str, pool: bool = False) -> list[nn.Module]:
-    """3x3 convolution, 2x2 max-pool if asked for, norm, ReLU; pooling first leaves the norm a quarter of the work."""
+    """3x3 convolution, optional 2x2 max-pool, norm, ReLU. Pooling before the norm saves three quarters of its work."""
     conv = nn.Conv2d(c_in, c_out, kernel_size=3, padding=1, bias=False)
     return [conv, *([nn.MaxPool2d(2)] if pool else []), NORMS[norm](c_out), nn.ReLU(inplace=True)]
 
@@ -68,5 +68,5 @@ class CustomResNet(nn.Module):
         return self.classify(self.body(x))
 
     def classify(self, features: Tensor) -> Tensor:
-        """What the body makes of the images, (N, 8 * width, 4, 4) → logits."""
+        """The body's output, (N, 8 * width, 4, 4) → logits (N, num_classes)."""
         return self.head(self.pool(features).flatten(1)) * self.logit_scale

@@ -1,20 +1,20 @@
-"""Names that somebody else chose, of files and of classes, shown as the text that they are: a name is never markup."""
+"""Names of files and classes, chosen by others, made safe to show: a name is never a control sequence or markup."""
 
 import re
 
-TEST = ("test", "valid", "val", "validation")  # what the folder of test images is called; the first one counts
+TEST = ("test", "valid", "val", "validation")  # names for the folder of test images; the first one found counts
 
 
 def printable(text: str) -> str:
-    """`text` for a terminal: a file's name can hold what moves its cursor, or what no terminal can show."""
+    """`text` with everything that a terminal would not show as text (control characters, …) escaped."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def shortened(name: str, length: int = 14) -> str:
-    """`name`, its end replaced by … where it is longer."""
+    """`name`, cut to `length` characters with … at the end."""
     return name if len(name) <= length else f"{name[: length - 1]}…"
 
 
 def markdown(text: str) -> str:
-    """`text` on one line of Markdown: what would make a link, a picture, a formula or HTML of it is escaped."""
+    """`text` on one line of Markdown, with everything escaped that could become a link, image, formula or HTML."""
     return re.sub(r"[!-+:-@\[-`{-~]|(?<=www)\.", r"\\\g<0>", printable(text), flags=re.IGNORECASE)

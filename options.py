@@ -1,4 +1,4 @@
-"""The options of the command: one form of them from the command line over a resume to `config.json`."""
+"""The command's options as one dataclass: for the command line, for `config.json`, and for resuming a run."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from errors import InputError
 from names import printable
 from recipes import FLIPS, RECIPES, Recipe, get_recipe
 
-# What changes nothing in what is learned, so that a resumed run may have it otherwise
+# Options that do not change what is learned, so that a resumed run may set them differently
 FREE = ("resume", "out", "runs", "device", "workers", "max_minutes", "log", "no_pictures")
 
 
@@ -24,14 +24,14 @@ class Options:
     recipe: Annotated[str, {"choices": list(RECIPES)}] = "fast"  # Named settings, see recipes.py
     epochs: int = None  # Passes over the training images [the recipe's]
     lr: str = None  # Peak learning rate, or auto for the range test's suggestion [the recipe's]
-    bs: int = None  # Images a batch [the recipe's]
+    bs: int = None  # Batch size, of all processes together [the recipe's]
     width: int = None  # Channels of the network's first stage [the recipe's]
-    momentum: float = None  # Of SGD and of Muon [the recipe's]
+    momentum: float = None  # Momentum of SGD and of Muon [the recipe's]
     wd: float = None  # Weight decay [the recipe's]
-    label_smoothing: float = None  # Part of the target that is spread over all classes [the recipe's]
-    logit_scale: float = None  # What the network's output is multiplied by [the recipe's]
+    label_smoothing: float = None  # Part of the target to spread over all classes, 0 for none [the recipe's]
+    logit_scale: float = None  # Factor for the network's output [the recipe's]
     flip: float = None  # Probability of a horizontal flip [the recipe's]
-    flips: Annotated[str, {"choices": list(FLIPS)}] = None  # At random, or alternating by epoch [the recipe's]
+    flips: Annotated[str, {"choices": list(FLIPS)}] = None  # Flip at random, or alternating by epoch [the recipe's]
     pad: int = None  # Pixels of reflection around an image before the random crop [the recipe's]
     cutout: int = None  # Side of the square hole in pixels, 0 for none [the recipe's]
     cutmix: float = None  # Alpha of CutMix's Beta distribution, 0 for none [the recipe's]
@@ -40,37 +40,37 @@ class Options:
     ema: float = None  # Decay a step of the moving average of the weights, 0 for none [the recipe's]
     muon: float = None  # Muon's rate for convolutions as a multiple of the learning rate, 0 for SGD [the recipe's]
     norm: Annotated[str, {"choices": ["batch", "layer", "group"]}] = "batch"  # Normalisation layers
-    seed: int = 0  # Of the weights, the order of the images and their augmentation
-    runs: int = 1  # Seeds to train one after the other, from --seed on
+    seed: int = 0  # Random seed of the weights, the order of the images and their augmentation
+    runs: int = 1  # Number of seeds to train one after the other, from --seed on
     workers: int = None  # Loader processes [one a core up to 8 for a GPU, 0 on a CPU]
     valid: Annotated[str, {"choices": ["test", "holdout"]}] = "test"  # Validate on the test set, or on held-out images
-    valid_pct: float = 0.1  # The part of each class that --valid holdout holds out
+    valid_pct: float = 0.1  # Part of each class that --valid holdout holds out
     device: str = "auto"  # auto, cpu, cuda, cuda:1 or mps
-    precision: Annotated[str, {"choices": ["auto", "fp32", "bf16", "fp16"]}] = "auto"  # Of training; auto: the fastest
+    precision: Annotated[str, {"choices": ["auto", "fp32", "bf16", "fp16"]}] = "auto"  # For training; auto: the fastest
     out: str = None  # Run folder, new or empty [runs/NNN-recipe]
-    resume: str = None  # Go on with the run in this folder; auto: with the one in --out, if it has been started
-    max_minutes: float = None  # Stop after so many minutes of training, with a checkpoint to go on from
-    log: Annotated[str, {"choices": ["tensorboard", "wandb"]}] = None  # Log every batch there, too
-    tta: bool = False  # At the end also test on each image averaged with its mirror image
-    sync_bn: bool = False  # Batch norm over all processes' images, on GPUs
+    resume: str = None  # Resume the run in this folder; auto: the one in --out, if it has been started
+    max_minutes: float = None  # Stop after this many minutes of training, with a checkpoint to resume from
+    log: Annotated[str, {"choices": ["tensorboard", "wandb"]}] = None  # Also log every batch there
+    tta: bool = False  # At the end, also report the accuracy with each image averaged with its mirror image
+    sync_bn: bool = False  # Batch norm over the images of all processes, on GPUs
     compile: bool = False  # Compile the network with torch.compile: about a minute more before the first step
-    deterministic: bool = False  # On CUDA, too, the same weights for the same seed; on a CPU that is always so
+    deterministic: bool = False  # The same weights for the same seed on CUDA, too; on a CPU that is always so
     lr_find_only: bool = False  # Stop after the range test
     no_lr_find: bool = False  # Train without a range test
     no_pictures: bool = False  # Leave out the pictures and the README of the run folder
     list_recipes: bool = False  # Print all recipes and stop
 
     def __post_init__(self):
-        if self.resume == "":  # a shell's variable that is not set
+        if self.resume == "":  # an unset shell variable
             raise InputError("--resume '': name the folder of a run, or pass auto")
         if self.resume not in (None, "auto") and self.runs != 1:
             every = "leave it out, or pass --resume auto with the --out of all seeds"
-            raise InputError(f"--runs {self.runs}: --resume {self.resume} goes on with one run; {every}")
+            raise InputError(f"--runs {self.runs}: --resume {self.resume} resumes one run; {every}")
         if not self.resume and not self.list_recipes:
-            self.settings()  # says what is wrong at once: what comes next takes seconds
+            self.settings()  # checks them now, as what comes next takes seconds
 
     def settings(self) -> Recipe:
-        """The recipe with the options that override it. Raises InputError for one out of range, or a contradiction."""
+        """The recipe with the options that override it. Raises InputError for values out of range or contradictory."""
         if self.no_lr_find and (self.lr_find_only or self.lr == "auto"):
             other = "--lr-find-only" if self.lr_find_only else "--lr auto"
             raise InputError(f"--no-lr-find contradicts {other}; drop one of them")
@@ -94,7 +94,7 @@ class Options:
         return settings
 
     def _learning_rate(self) -> float | None:
-        """The number in `lr`; None where the recipe or the range test says it."""
+        """The number in `lr`; None if it comes from the recipe or the range test."""
         if self.lr in (None, "auto"):
             return None
         try:
@@ -103,11 +103,11 @@ class Options:
             raise InputError(f"--lr is {self.lr!r}: it must be a number or auto") from None
 
     def given(self) -> dict:
-        """Those that have not their default."""
+        """The options that differ from their defaults."""
         return {field.name: value for field in fields(self) if (value := getattr(self, field.name)) != field.default}
 
     def command(self, processes: int = 1, **changes) -> str:
-        """The command line that says `self` with `changes`, to be shown; what has its default is left out."""
+        """The command line for `self` with `changes`, to be shown; defaults are left out."""
         words = ["python"] if processes == 1 else ["torchrun", "--nproc-per-node", str(processes)]
         words.append("train_fastai.py")
         for name, value in {**asdict(self), **changes}.items():
@@ -117,21 +117,21 @@ class Options:
         return printable(shlex.join(words))
 
     def resumed(self) -> tuple[Path | None, "Options"]:
-        """The run to go on with and the options it was started with; None and `self` where there is none yet.
+        """The run to resume and the options it was started with; None and `self` if there is none yet.
 
-        Raises InputError where an option says something else than the run was started with.
+        Raises InputError if an option contradicts what the run was started with.
         """
         if not self.resume:
             return None, self
         run = Path(self.resume)
         if self.resume == "auto":
             if not self.out:
-                raise InputError("--resume auto: pass --out RUN too, the folder to start in or to go on in")
+                raise InputError("--resume auto: pass --out RUN too, the folder to start or to resume in")
             run = Path(self.out)
             if not os.path.exists(run / "config.json"):
                 return None, replace(self, resume=None)
         elif self.out:
-            raise InputError(f"--out {self.out}: a resumed run goes on in its own folder; leave it out")
+            raise InputError(f"--out {self.out}: a resumed run stays in its own folder; leave it out")
         config, started = read_config(run)
         given = self.given()
         for name, value in given.items():
@@ -140,12 +140,12 @@ class Options:
                 why = "; the learning rates of all epochs depend on it" if name == "epochs" else ""
                 raise InputError(f"--{name.replace('_', '-')} {value}: {run} was started with {was}{why}; leave it out")
         free = {name: value for name, value in given.items() if name in FREE}
-        # The precision is that of the start, whatever is the fastest where it goes on.
+        # The precision stays that of the start, even where another one is the fastest.
         return run, replace(started, precision=config["precision"], **free)
 
 
 def check_types(saved: dict) -> None:
-    """Raise TypeError or ValueError unless the command line could have given each value."""
+    """Raise TypeError or ValueError for a value that the command line could not have given."""
     for name, hint in get_type_hints(Options, include_extras=True).items():
         value, default = saved.get(name, getattr(Options, name)), getattr(Options, name)
         kind, *more = get_args(hint) or (hint,)  # of `str | None`, and of Annotated[str, {"choices": …}]
@@ -158,9 +158,9 @@ def check_types(saved: dict) -> None:
 
 
 def read_config(run: Path) -> tuple[dict, Options]:
-    """What is in the run's `config.json`, and the options among it; those that it lacks have their default.
+    """The content of the run's `config.json`, and the options in it; missing ones get their defaults.
 
-    Raises InputError where it is missing, damaged, or of a later version with options that this one has not.
+    Raises InputError if it is missing, damaged, or from a later version with options that this one lacks.
     """
     try:
         config = json.loads((run / "config.json").read_text())

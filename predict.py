@@ -1,11 +1,11 @@
-"""What a trained model says of images: a table to read, or rows for programs.
+"""Classify images with a trained model: a table to read, or rows for programs.
 
     python predict.py MODEL cat.png photos/ 'more/*.jpg'     the three most likely classes of each image
-    find . -name '*.png' | python predict.py MODEL - --json  of the files listed on stdin, a JSON object a line
-    python predict.py MODEL FOLDER --eval                    accuracy on FOLDER/<class>/ images, and of each class
+    find . -name '*.png' | python predict.py MODEL - --json  the files listed on stdin, one JSON object a line
+    python predict.py MODEL FOLDER --eval                    the accuracy on FOLDER/<class>/ images, and of each class
 
-MODEL is the folder of a run, or a model's .safetensors, .onnx, .pt2 or .pkl; whoever loads a .pkl runs what its author
-put in it. Exits with 1 where some images could not be used, after all others.
+MODEL is the folder of a run, or a model's .safetensors, .onnx, .pt2 or .pkl; loading a .pkl runs code in it. If some
+images cannot be used, the others are still classified, and the exit code is 1.
 """
 
 import os
@@ -19,14 +19,14 @@ from names import TEST, printable, shortened
 
 @dataclass(frozen=True)
 class Options:
-    """Print what a trained model takes images for."""
+    """Classify images with a trained model."""
 
-    model: str  # Folder of a run, or a model's .safetensors, .onnx, .pt2 or .pkl (which runs what is in it)
+    model: str  # Folder of a run, or a model's .safetensors, .onnx, .pt2 or .pkl (loading it runs code)
     images: Annotated[str, {"nargs": "+"}]  # Image files, folders of them, quoted patterns, or - for a list on stdin
     json: bool = False  # Print a JSON object for each image
     csv: bool = False  # Print a CSV row for each image
     eval: bool = False  # Print the accuracy on images in folders named as the classes, and that of each class
-    tta: bool = False  # Judge each image together with its mirror image
+    tta: bool = False  # Average each image with its mirror image
     device: str = "auto"  # For .safetensors and .pkl: auto, cpu, cuda, cuda:1 or mps
 
     def __post_init__(self):
@@ -35,7 +35,7 @@ class Options:
         for word in self.images:
             test = next((name for name in TEST if os.path.isdir(Path(word) / name)), None)
             if self.eval and test and os.path.isdir(Path(word) / "train"):
-                raise InputError(f"{word}: --eval on training images flatters; pass {Path(word) / test}")
+                raise InputError(f"{word}: --eval on training images is optimistic; pass {Path(word) / test}")
 
 
 if __name__ == "__main__":
@@ -57,22 +57,22 @@ from images.decoding import read_image
 from trained.loading import load_model
 from trained.predictor import Model
 
-BATCH = 256  # images; more are no faster on two cores, and take memory
+BATCH = 256  # images; more are no faster on two cores, and take more memory
 TOP = 3
-SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp")  # of images in a folder; a name given is always tried
+SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp")  # in folders; a file that is named is always tried
 
 Rows = Iterator[tuple[Path, list[tuple[str, float]]]]  # images, their classes and probabilities, the highest first
 
 
 def complain(message: str) -> None:
-    """One line on stderr."""
+    """Print one line on stderr."""
     print(f"predict.py: {printable(message)}", file=sys.stderr)
 
 
 def find_images(words: Iterable[str], fail: Callable[[str], None]) -> Iterator[Path]:
-    """The files that images, folders, patterns, and `-` for a list on stdin stand for; none has been opened."""
+    """The image files named by files, folders, patterns and `-`, a list on stdin. None is opened."""
     for word in words:
-        path = os.path.expanduser(word)  # in quotes the shell leaves it
+        path = os.path.expanduser(word)  # the shell does not expand a ~ in quotes
         if word == "-":
             yield from listed()
             continue
@@ -88,7 +88,7 @@ def find_images(words: Iterable[str], fail: Callable[[str], None]) -> Iterator[P
 
 
 def listed() -> list[Path]:
-    """The names on stdin, each on a line of its own; whatever else is in them, they need not be text."""
+    """The file names on stdin, one a line, which need not be valid text."""
     if sys.stdin is None:
         raise InputError("-: stdin is closed; pipe a list of images into it, or name them")
     try:
@@ -98,7 +98,7 @@ def listed() -> list[Path]:
 
 
 def images_in(folder: str, fail: Callable[[str], None]) -> list[str]:
-    """The images in it and below; `fail` hears of the folders that cannot be read."""
+    """The images in it and below; calls `fail` for a folder that cannot be read."""
     found = []
     for where, _, names in os.walk(folder, onerror=lambda e: fail(f"{e.filename}: cannot be read ({e.strerror})")):
         images = [name for name in names if name.lower().endswith(SUFFIXES) and not name.startswith(".")]
@@ -107,7 +107,7 @@ def images_in(folder: str, fail: Callable[[str], None]) -> list[str]:
 
 
 def predictions(model: Model, paths: list[Path], tta: bool, fail: Callable[[str], None]) -> Rows:
-    """Each image that can be read, and what it may be; `fail` hears of the others."""
+    """Each image that can be read, with its ranked classes; calls `fail` for the others."""
     for start in range(0, len(paths), BATCH):
         read, pixels = [], []
         for path in paths[start : start + BATCH]:
@@ -116,7 +116,7 @@ def predictions(model: Model, paths: list[Path], tta: bool, fail: Callable[[str]
                 read.append(path)
             except InputError as e:
                 fail(str(e))
-            except (OSError, ValueError) as e:  # of ValueError, a name that no file can have
+            except (OSError, ValueError) as e:  # ValueError for a name with a null byte
                 fail(f"{path}: cannot be read ({getattr(e, 'strerror', None) or e})")
         probabilities = model.probabilities(np.stack(pixels), tta) if read else ()
         for path, p in zip(read, probabilities, strict=True):
@@ -124,15 +124,15 @@ def predictions(model: Model, paths: list[Path], tta: bool, fail: Callable[[str]
 
 
 def print_csv(names: Iterable[str], rows: Iterable[Iterable]) -> None:
-    """The rows under a line of names."""
-    sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")  # names as they are
+    """Print the rows under a header of names."""
+    sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")  # keeps the bytes of file names
     writer = csv.writer(sys.stdout, lineterminator="\n")
     writer.writerow(names)
     writer.writerows(rows)
 
 
 def print_predictions(rows: Rows, paths: list[Path], classes: list[str], options: Options) -> None:
-    """The most probable classes of each image, a line or row each; in JSON all of them, the most probable first."""
+    """Print the most probable classes of each image, one image a line; in JSON all of them, in that order."""
     top = min(TOP, len(classes))
     if options.json:
         for path, ranked in rows:
@@ -146,7 +146,7 @@ def print_predictions(rows: Rows, paths: list[Path], classes: list[str], options
         short = {name: printable(shortened(name)) for name in classes}
         cell = max(map(len, short.values())) + 9
         width = max((len(printable(str(path))) for path in paths), default=0)
-        if sys.stdout.isatty():  # long names lose their beginning
+        if sys.stdout.isatty():  # cuts the beginning of long names
             width = min(width, max(12, shutil.get_terminal_size().columns - top * (cell + 2)))
         for path, ranked in rows:
             name = printable(str(path))
@@ -156,9 +156,9 @@ def print_predictions(rows: Rows, paths: list[Path], classes: list[str], options
 
 
 def evaluation(rows: Rows, paths: list[Path], classes: list[str]) -> dict:
-    """Number of images and accuracy, 0 to 1, of all and of each class, and what it is most often taken for, if any.
+    """Number of images and accuracy, 0 to 1, of all and of each class, with the class most often mistaken for it.
 
-    Raises InputError, before the first image is read, for one whose folder has the name of no class.
+    Raises InputError, before any image is read, for one whose folder is not named as a class.
     """
     for path in paths:
         if path.absolute().parent.name not in classes:
@@ -180,7 +180,7 @@ def evaluation(rows: Rows, paths: list[Path], classes: list[str]) -> dict:
 
 
 def print_evaluation(result: dict, options: Options) -> None:
-    """A line a class, and one for all, whose name is empty in CSV; or one JSON object."""
+    """Print a line for each class and one for all, whose name is empty in CSV; or one JSON object."""
     names = ("images", "accuracy", "taken_for", "times")
     rows = [*result["classes"].items(), ("" if options.csv else "all", result)]
     if options.json:
@@ -197,7 +197,7 @@ def print_evaluation(result: dict, options: Options) -> None:
 
 
 def main(options: Options) -> None:
-    """The command; exits with 1 where an image could not be used."""
+    """The command; exits with 1 if an image could not be used."""
     model, failures = load_model(options.model, options.device), []
     if options.tta and model.header.get("flip") == 0:
         raise InputError(f"--tta: {options.model} has never learned from mirror images; leave it out")

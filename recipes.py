@@ -1,6 +1,6 @@
-"""Training settings as data: a `Recipe` is a dozen numbers and a schedule, and those with a name are in `RECIPES`.
+"""Training settings as data: a `Recipe` is some twenty numbers and a schedule; `RECIPES` holds the named ones.
 
-A schedule is a value too, which knows how to fit a learner.
+A schedule is a value too, one that knows how to fit a learner.
 """
 
 from collections.abc import Sequence
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
     from fastai.callback.core import Callback
     from fastai.learner import Learner
 
-# --help imports this file, and fastai takes seconds to import: two methods below do so themselves.
+# --help imports this file, and fastai takes seconds to import, so the two methods that need it import it themselves.
 
 
 class Curve:
-    """A learning rate that is a function of the position in training."""
+    """A learning rate that is a function of the training progress."""
 
     def lr(self, peak: float, position: float) -> float:
-        """The learning rate at a position in training, 0 to 1."""
+        """The learning rate at `position`, the training progress from 0 to 1."""
         raise NotImplementedError
 
     def fit(self, learn: "Learner", epochs: int, peak: float, cbs: "Sequence[Callback]" = (), start: int = 0) -> None:
@@ -35,12 +35,12 @@ class Curve:
 
 @dataclass(frozen=True)
 class OneCycle(Curve):
-    """fastai's `fit_one_cycle`: by a cosine from peak / 25 to the peak at `pct_start`, and down to peak / div_final."""
+    """fastai's `fit_one_cycle`: cosine from peak / 25 up to the peak at `pct_start`, then down to peak / div_final."""
 
     pct_start: float
     div_final: float = 1e5
 
-    def __repr__(self) -> str:  # a run that was started before there was a `div_final` can go on
+    def __repr__(self) -> str:  # without a default `div_final`, as older runs wrote it, so that they can be resumed
         return f"OneCycle(pct_start={self.pct_start}{'' if self.div_final == 1e5 else f', div_final={self.div_final}'})"
 
     def fit(self, learn: "Learner", epochs: int, peak: float, cbs: "Sequence[Callback]" = (), start: int = 0) -> None:
@@ -56,7 +56,7 @@ class OneCycle(Curve):
 
 @dataclass(frozen=True)
 class Linear(Curve):
-    """Straight lines through `knots`: (position in training, part of the peak), positions from 0 to 1."""
+    """Piecewise linear through `knots`: pairs of the training progress, 0 to 1, and a fraction of the peak."""
 
     knots: tuple[tuple[float, float], ...]
 
@@ -69,10 +69,10 @@ class Linear(Curve):
 
 @dataclass(frozen=True)
 class Cyclic(Curve):
-    """Up from `base` (a part of the peak) and back on straight lines, `cycles` times.
+    """Linearly up from `base` (a fraction of the peak) to the peak and back, `cycles` times.
 
-    From cycle to cycle the amplitude stays ("triangular"), halves ("triangular2"), or shrinks all the time, to `final`
-    of itself at the end ("exp_range": the paper's gamma to the power of the number of iterations).
+    The amplitude is constant ("triangular"), halves with every cycle ("triangular2"), or decays exponentially to the
+    fraction `final` ("exp_range": the paper's gamma to the power of the number of iterations).
     Source: Smith, "Cyclical Learning Rates for Training Neural Networks" (2017), section 3.1.
     """
 
@@ -89,7 +89,7 @@ class Cyclic(Curve):
 
 @dataclass(frozen=True)
 class Plateau:
-    """The peak from the start, divided by `factor` whenever `patience` epochs have not lowered the validation loss."""
+    """Constant at the peak, divided by `factor` when the validation loss has not improved for `patience` epochs."""
 
     factor: float
     patience: int
@@ -110,7 +110,7 @@ FLIPS = ("random", "alternating")
 
 @dataclass(frozen=True)
 class Recipe:
-    """SGD or Muon under a schedule: all that a run depends on but its seed. Raises InputError for one out of range."""
+    """All that a run depends on but its seed. Raises InputError for a value out of range."""
 
     data: str  # the data set it is meant for
     epochs: int
@@ -145,7 +145,7 @@ class Recipe:
             if not least <= value <= most or (above_0 and value == 0):
                 word = "above" if above_0 else "from"
                 raise InputError(f"{name} is {value}: it must be {word} {least} and at most {most}")
-        if 0 < self.cutmix < 0.01:  # of so few digits torch's Beta distribution makes another one, or none at all
+        if 0 < self.cutmix < 0.01:  # below this, torch's Beta sampler underflows and returns 0.5
             raise InputError(f"cutmix is {self.cutmix}: it must be 0, or at least 0.01")
         if self.flips not in FLIPS:
             raise InputError(f"flips is {self.flips!r}: it must be one of {', '.join(FLIPS)}")
@@ -222,7 +222,10 @@ RECIPES = {
 
 
 def get_recipe(recipe: str | Recipe = "fast", **changes) -> Recipe:
-    """The recipe of that name (or the one given) with every change that is not None applied. Raises InputError."""
+    """The recipe of that name (or the one given) with every change that is not None applied.
+
+    Raises InputError for an unknown name, and for a value out of range.
+    """
     if isinstance(recipe, str):
         if recipe not in RECIPES:
             raise InputError(f"there is no recipe {recipe!r}; the recipes are {', '.join(RECIPES)}")
@@ -234,14 +237,14 @@ def get_recipe(recipe: str | Recipe = "fast", **changes) -> Recipe:
 
 
 def changes(result: dict, recipe: Recipe) -> dict:
-    """The settings, but data and width, in which a run was not as `recipe` is; `result` is its `result.json`."""
+    """The settings, data and width aside, in which a run differs from `recipe`; `result` is its `result.json`."""
     names = [name for name in vars(recipe) if name not in ("data", "width")]
-    had = {name: result.get(name, getattr(ANCESTOR, name)) for name in names}  # what came later was off, as it is there
+    had = {name: result.get(name, getattr(ANCESTOR, name)) for name in names}  # newer settings are off in the ancestor
     return {name: value for name, value in had.items() if str(value) != str(getattr(recipe, name))}
 
 
 def recipe_table() -> str:
-    """All recipes as a table, a column each, and their schedules below."""
+    """All recipes as a table, one column each, with their schedules below."""
 
     def cell(value) -> str:
         if isinstance(value, Schedule):

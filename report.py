@@ -1,9 +1,9 @@
-"""A run explains itself: its pictures and its README drawn anew, or several runs compared.
+"""Draw the pictures and the README of a run again, or compare several runs.
 
-    python report.py RUN            draw the pictures of that run again, write its README, and a model.pkl if it has none
+    python report.py RUN            draw that run's pictures again, write its README, and a model.pkl if it has none
     python report.py RUN RUN ...    a table and a picture of their accuracies
 
-RUN is the folder of a run that has ended.
+RUN is the folder of a run that has finished.
 """
 
 from dataclasses import dataclass, fields
@@ -37,7 +37,7 @@ from training.run import Run
 
 
 def grouped(results: list[dict]) -> dict[str, list[dict]]:
-    """The results with the same settings, under these, each seed once: the same training again says nothing new."""
+    """The results, grouped by their settings; of two with the same settings and seed, only the first."""
     groups = defaultdict(dict)
     for result in results:
         alike = [other for other in results if other["recipe"] == result["recipe"]]
@@ -52,7 +52,7 @@ def grouped(results: list[dict]) -> dict[str, list[dict]]:
 
 
 def compare(runs: list[Run], picture: Path) -> None:
-    """A table of the runs' accuracies for each recipe, and their curves in one picture."""
+    """Print a table of accuracies for each recipe, and draw the curves of all runs in one picture."""
     results = sorted((run.result() for run in runs), key=lambda result: (result["recipe"], result["seed"]))
     for name in ("source", "valid"):
         if len(values := {result[name] for result in results}) > 1:

@@ -1,4 +1,4 @@
-"""What is set before torch is imported, unless the environment does it: freed memory is kept, idle threads sleep."""
+"""Settings made before torch is imported, unless the environment makes them: memory allocation and idle threads."""
 
 import ctypes
 import os
@@ -8,10 +8,10 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
 
 
 def keep_freed_memory() -> None:
-    """Have glibc hand out again what has been freed, unless the environment says how it is to be done.
+    """Let glibc keep freed memory for reuse, unless the environment configures its allocator.
 
-    By itself it gives large blocks back to the kernel, which fills every page with zeros before the next batch has it.
-    On the CPU that is a fifth of a step's time; `results/speed` has what this gains, and what memory it takes.
+    By default it returns large blocks to the kernel, which then fills every page with zeros for the next batch. On the
+    CPU that takes a fifth of a step; `results/speed` has the gain, and the memory it costs.
     """
     if os.environ.get("GLIBC_TUNABLES") or any(name.startswith("MALLOC_") for name in os.environ):
         return
@@ -22,11 +22,11 @@ def keep_freed_memory() -> None:
 
 
 def let_idle_threads_sleep() -> None:
-    """Have threads that wait for others give up their core soon, unless the environment says otherwise.
+    """Let OpenMP's waiting threads give up their core soon, unless the environment says otherwise.
 
-    OpenMP's threads spin for long, which on a busy machine keeps those from working that they wait for. It reads this
-    when torch is imported; `results/README.md` has what each way costs.
+    By default they spin for long, which on a busy machine blocks the very threads they wait for. OpenMP reads this
+    setting when torch is imported; `results/README.md` has what each choice costs.
     """
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & os.environ.keys():
-        # The count is GNU's, which torch comes with: to sleep at once slows small steps.
+        # GOMP_SPINCOUNT is for GNU's OpenMP, which torch comes with: sleeping at once would slow down small steps.
         os.environ.update(OMP_WAIT_POLICY="PASSIVE", GOMP_SPINCOUNT="10000")

@@ -15,14 +15,14 @@ In a notebook:
 from interrupts import end_at_once
 
 if __name__ == "__main__":
-    end_at_once()  # a signal is one line from here on
+    end_at_once()  # from here on, Ctrl-C prints one line instead of a traceback
 
 from errors import InputError, Stopped, lasting_streams, parse, run_command
 from options import Options
 from recipes import recipe_table
 
 if __name__ == "__main__":
-    OPTIONS = parse(Options)  # a wrong option answers before the imports below, which take seconds
+    OPTIONS = parse(Options)  # a wrong option is reported before the imports below, which take seconds
     if OPTIONS.list_recipes:
         print(recipe_table())
         raise SystemExit
@@ -59,9 +59,9 @@ from training.run import Run, check_out, open_run
 
 
 def train(options: Options, cbs: Sequence[Callback] = ()) -> dict | None:
-    """Train in a new run folder, or go on in one; returns what is then in its `result.json`.
+    """Train in a new run folder, or resume one; returns the content of its `result.json`.
 
-    `cbs` are further callbacks of the training. None with `lr_find_only`, and in all processes but the first.
+    `cbs` are extra callbacks. Returns None with `lr_find_only`, and in every process but the first.
     """
     started, given = perf_counter(), options
     with joined():
@@ -81,11 +81,11 @@ def train(options: Options, cbs: Sequence[Callback] = ()) -> dict | None:
                     return None
                 history = fit(run, learn, options, peak, cbs)
                 return finish(run, learn, options, peak, history, started) if is_rank0() else None
-        return train(given, cbs)  # another process has had the folder while this one was on its way to it
+        return train(given, cbs)  # another process changed the folder before this one had locked it
 
 
 def find_run(options: Options) -> tuple[Path | None, Options, dict | None]:
-    """The folder of the run to go on with, the options it was started with, and its result if it has ended."""
+    """The folder of the run to resume, the options it was started with, and its result if it has finished."""
     folder, options = options.resumed()
     if folder is None:
         check_out(options.out)
@@ -94,10 +94,10 @@ def find_run(options: Options) -> tuple[Path | None, Options, dict | None]:
 
 
 def finished(run: Run, options: Options, result: dict) -> dict:
-    """Say that the run has ended, and do what a kill or a fault has left undone behind its end; returns `result`."""
+    """Report a run that has finished, and write what a kill or a fault left unwritten at its end; returns `result`."""
     print(f"finished     {printable(str(run))}: {result['last_accuracy']:.2%} accuracy after {result['epochs']} epochs")
     if is_rank0():
-        with suppress(OSError, InputError), locked(run.folder):  # a read-only disk, a process that draws its pictures
+        with suppress(OSError, InputError), locked(run.folder):  # a read-only disk, or another process drawing
             run.tidy()
     pictures = not options.no_pictures and not on_rank0((run / "README.md").exists)
     if pictures or not on_rank0((run / "model.pkl").exists):
@@ -108,8 +108,8 @@ def finished(run: Run, options: Options, result: dict) -> dict:
 
 @contextmanager
 def in_its_folder(learn: Learner, folder: Path) -> Iterator[Run]:
-    """The run, held for as long as this lasts; faults become one line, and no progress bar fills a file."""
-    # In a file or a pipe a progress bar is a heap of carriage returns. RunLog writes what fastai's own log leaves out.
+    """Within this, the run is locked, faults become one line, and no progress bar fills a log file."""
+    # In a file or a pipe a progress bar is a heap of carriage returns. RunLog prints more than fastai's own log does.
     quiet = nullcontext() if sys.stdout.isatty() else learn.no_bar()
     bs = learn.dls.train.bs
     with own_folder(folder) as own, faults_explained(own, bs), locked(own), quiet, learn.no_logging():
@@ -120,7 +120,7 @@ def in_its_folder(learn: Learner, folder: Path) -> Iterator[Run]:
 
 
 def show_start(run: Run, learn: Learner, options: Options, config: dict) -> None:
-    """Write and print what is about to be trained; compile the network if asked to."""
+    """Write and print the configuration, the layers and the augmented images; compile the network if asked to."""
     run.write("config", config)
     print_config(config)
     with undisturbed(learn):
@@ -134,7 +134,7 @@ def show_start(run: Run, learn: Learner, options: Options, config: dict) -> None
 
 
 def choose_peak(run: Run, learn: Learner, options: Options) -> float | None:
-    """The peak learning rate: the recipe's, or the range test's suggestion. None where only the test was asked for."""
+    """The peak learning rate: the recipe's, or the range test's suggestion; None with `lr_find_only`."""
     peak = options.settings().lr
     if options.no_lr_find:
         return peak
@@ -156,7 +156,7 @@ def choose_peak(run: Run, learn: Learner, options: Options) -> float | None:
 
 
 def fit(run: Run, learn: Learner, options: Options, peak: float, cbs: Sequence[Callback] = ()) -> RunLog:
-    """Train from the start, or from the last checkpoint on. Raises Stopped, and InputError for a loss not finite."""
+    """Train from the start, or from the last checkpoint. Raises Stopped, or InputError if the loss is not finite."""
     settings, config = options.settings(), run.config()
     state = on_rank0(load_checkpoint, run.folder, learn.model)
     log = RunLog()
@@ -176,7 +176,7 @@ def fit(run: Run, learn: Learner, options: Options, peak: float, cbs: Sequence[C
 
 
 def finish(run: Run, learn: Learner, options: Options, peak: float, log: RunLog, started: float) -> dict:
-    """Write the model's files, measure it, draw what is to be seen of it; returns what is in `result.json`."""
+    """Measure the model, write its files and pictures; returns the content of `result.json`."""
     save_weights(learn, "last")
     print(f"measuring    {len(learn.dls.valid_ds):,} images, in fp32")
     with learn.no_bar():
@@ -210,16 +210,16 @@ def finish(run: Run, learn: Learner, options: Options, peak: float, log: RunLog,
 
 
 def train_seeds(options: Options, cbs: Sequence[Callback] = ()) -> None:
-    """Train one seed after the other, and print a table of them."""
+    """Train several seeds one after the other, and print a table of their accuracies."""
     results = []
     for number in range(options.runs):
         print(f"{number + 1} of {options.runs} runs\n")
         seed = options.seed + number
         out = options.out and f"{options.out}/seed-{seed}"
         results.append(train(replace(options, runs=1, seed=seed, out=out), cbs))
-        gc.collect()  # a Learner is full of cycles; with it go its memory on the device and its loaders' processes
+        gc.collect()  # a Learner has reference cycles; this frees its device memory and ends its loaders' processes
         print()
-    if None not in results:  # as with all but one of several processes
+    if None not in results:  # they are None in all processes but the first
         print(f"accuracy on the validation set, in %\n\n{runs_table(results)}")
 
 

@@ -1,4 +1,4 @@
-"""Worker processes that build a loader's batches ahead of it, for as long as it wants them."""
+"""Worker processes that build a loader's batches ahead of time."""
 
 import os
 import signal
@@ -22,14 +22,15 @@ from images.decoding import SIZE
 from interrupts import NAMES
 
 AHEAD = 2  # batches that a worker process has ready or under way
-COPIES = []  # of other processes' workers, which a fork has made: torch would stop them with the copy
-warnings.filterwarnings("ignore", "This DataLoader will create")  # more processes than cores, if they are asked for
+# A fork copies iterators over another process's workers. They are kept here, as torch stops workers with any copy.
+COPIES = []
+warnings.filterwarnings("ignore", "This DataLoader will create")  # more processes than cores, if asked for
 
-Key = tuple[int, range, np.ndarray]  # of a batch: an epoch, positions in it, and rows of the table
+Key = tuple[int, range, np.ndarray]  # of a batch: an epoch, positions in it, rows of the table
 
 
 class Builder(Protocol):
-    """What makes a batch of its key: uint8 (n, 3, 32, 32) and n labels, or anything where `by_item` is not None."""
+    """Builds a batch from its key: uint8 (n, 3, 32, 32) and n labels, or anything if `by_item` is not None."""
 
     by_item: object
 
@@ -37,9 +38,9 @@ class Builder(Protocol):
 
 
 class SharedBatches(Dataset):
-    """Batches whose pixels are left in shared memory, in the buffer that is named beside the key.
+    """Batches whose pixels are written to shared memory, into the buffer whose number comes with the key.
 
-    To make and map some for every batch, as torch does, costs more than to fill it.
+    Allocating and mapping shared memory for every batch, as torch does, costs more than filling it.
     """
 
     def __init__(self, builder: Builder, buffers: torch.Tensor):
@@ -55,34 +56,34 @@ class SharedBatches(Dataset):
 
 
 class Workers:
-    """`n` processes that build batches of at most `size` images, for as long as there is a reference to this."""
+    """`n` processes that build batches of at most `size` images. They end when this object is garbage."""
 
     def __init__(self, builder: Builder, n: int, size: int, timeout: float):
         self.builder, self.begun, self.busy = builder, None, False
-        self.buffers = _shared(AHEAD * n + 1, size, SIZE, SIZE, 3)  # one more, as one is being taken
+        self.buffers = _shared(AHEAD * n + 1, size, SIZE, SIZE, 3)  # one more, for the batch that is being read
         options = {"num_workers": n, "prefetch_factor": AHEAD, "persistent_workers": True, "timeout": timeout}
         options |= {"collate_fn": noop, "worker_init_fn": partial(begin_worker, os.getpid())}
-        options["generator"] = torch.Generator()  # their seeds are not from the generator that training draws from
-        # The sampler is a list, for an epoch's keys.
+        options["generator"] = torch.Generator()  # the workers' seeds must not come from the training's generator
+        # `begin` puts an epoch's keys into the sampler, a list.
         self.loader = DataLoader(SharedBatches(builder, self.buffers), batch_size=None, sampler=[], **options)
-        # Garbage collection alone would close their queues first and then wait five seconds for each; a finalizer has
-        # them whole, as nothing that it holds leads to this object.
+        # Plain garbage collection would close the queues first, and then wait five seconds for each process. The
+        # finalizer runs before that: nothing that it holds refers to this object.
         weakref.finalize(self, _stop, iter(self.loader), os.getpid())
 
     @property
     def size(self) -> int:
-        """The images of a batch, at most."""
+        """The largest batch that fits into a buffer."""
         return self.buffers.shape[1]
 
     def begin(self, keys: list[Key]) -> None:
-        """Have the processes begin with these batches, which `take` then goes on with."""
+        """Let the processes start on these batches; `take` then yields them."""
         self.loader.sampler[:] = zip(cycle(range(len(self.buffers))), keys)
         self.begun = keys, iter(self.loader)
 
     def take(self, keys: list[Key]) -> Iterator[tuple]:
-        """The batches of these keys: uint8 (n, 32, 32, 3), which the next one may overwrite, and n labels.
+        """The batches of these keys: uint8 (n, 32, 32, 3), valid until the next one is taken, and n labels.
 
-        Where the builder goes item by item, what it makes of them.
+        If the builder goes item by item, whatever it builds.
         """
         if self.begun is None or not _equal(self.begun[0], keys):
             self.begin(keys)
@@ -98,13 +99,13 @@ class Workers:
 
 
 def _equal(keys: list[Key], others: list[Key]) -> bool:
-    """Whether these are the keys of the same batches."""
+    """Whether two lists of keys are the same."""
     pairs = zip(keys, others, strict=False)
     return len(keys) == len(others) and all(a[:2] == b[:2] and np.array_equal(a[2], b[2]) for a, b in pairs)
 
 
 def _shared(*shape: int) -> torch.Tensor:
-    """uint8 in shared memory."""
+    """A uint8 tensor of this shape in shared memory. Raises InputError if there is not enough."""
     try:
         return torch.empty(shape, dtype=torch.uint8).share_memory_()
     except RuntimeError as e:
@@ -115,21 +116,21 @@ def _shared(*shape: int) -> torch.Tensor:
 
 
 def begin_worker(owner: int, worker: int):
-    """A stop is for the process that trains to hear, and a worker lives no longer than that one."""
+    """Start of a worker process: ignore signals, which are for the training process, and end together with that."""
     for number in NAMES:
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with, args=(owner,), daemon=True).start()
 
 
 def _end_with(owner: int):
-    """torch looks who its parent is too late: a worker whose parent has gone before would wait for work for ever."""
+    """End this process when its parent has ended. torch's own check misses a parent that ends very early."""
     while os.getppid() == owner:
         time.sleep(1)
     os._exit(1)
 
 
 def _stop(running: Iterator, owner: int):
-    """End the processes of torch's iterator, where it is not a copy."""
+    """End the processes of torch's iterator, unless it is a copy in a forked process."""
     if os.getpid() == owner:
         running._shutdown_workers()
     else:

@@ -1,12 +1,12 @@
-"""Work through many trainings in the background: recipes, changes of them, seeds.
+"""Train many runs in the background: recipes, changes of them, seeds.
 
     python benchmarks/campaign.py seed ancestor --seeds 3 --options "--tta --no-lr-find"
     python benchmarks/campaign.py fast "fast --lr 0.4" --options "--width 16 --epochs 8 --valid holdout" --jobs 2
 
-Each training is a recipe and options of train_fastai.py. All of them are trained with the first seed, then with the
-next, so that whatever is done is a table, and with the lowest priority. Ctrl-C and SIGTERM stop them with a checkpoint,
-the same command goes on with them, and what has ended is not trained again. A result is in results/runs as soon as its
-run ends. Give it a clone of its own, at a commit, so that no work on the code reaches a run under way.
+Each run is a recipe and options of train_fastai.py. All of them are trained with the first seed, then with the next, so
+that there is a table at any time, and with the lowest priority. Ctrl-C and SIGTERM stop them with a checkpoint; the
+same command resumes them, and does not train again what has finished. A result is in results/runs as soon as its run
+has finished. Use a separate clone, at a commit, so that no edit of the code affects a run.
 """
 
 import csv
@@ -39,7 +39,7 @@ POLL = 1.0  # seconds between two looks at the runs
 
 @dataclass(frozen=True)
 class Training:
-    """One run: the words that train_fastai.py gets, and its folder."""
+    """One run: the arguments of train_fastai.py, its seed and its folder."""
 
     words: tuple[str, ...]
     seed: int
@@ -47,23 +47,23 @@ class Training:
 
     @property
     def ended(self) -> bool:
-        """Whether it has a result."""
+        """Whether it has finished."""
         return Run(self.folder).ended
 
     def epochs(self) -> int:
-        """How many it has in all."""
+        """The number of its epochs."""
         if "--epochs" in self.words:
             return int(self.words[self.words.index("--epochs") + 1])
         return RECIPES[self.words[0]].epochs
 
     def history(self) -> list[dict[str, str]]:
-        """The rows of its epochs so far."""
+        """The rows of `history.csv` so far."""
         with suppress(OSError):
             return list(csv.DictReader((self.folder / "history.csv").read_text().splitlines()))
         return []
 
     def start(self, threads: str) -> subprocess.Popen:
-        """Start it, or go on with it, out of the terminal's Ctrl-C and at the lowest priority."""
+        """Start or resume it, in a session of its own, which the terminal's Ctrl-C does not reach, at low priority."""
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         recipe, *options = self.words
         words = ["--recipe", recipe, *options, "--seed", self.seed, "--out", self.folder, "--resume", "auto"]
@@ -74,13 +74,13 @@ class Training:
                 command, env=env, stdout=log, stderr=log, stdin=subprocess.DEVNULL,
                 start_new_session=True, preexec_fn=lambda: os.nice(19),
             )  # fmt: skip
-        with suppress(OSError):  # Linux shares the processor between sessions first, and nice counts within one alone
+        with suppress(OSError):  # Linux divides the CPU between sessions first; nice counts only within a session
             Path(f"/proc/{process.pid}/autogroup").write_text("19")
         return process
 
     @property
     def log(self) -> Path:
-        """What it prints."""
+        """The file with its output."""
         return self.folder.with_suffix(".log")
 
     def __str__(self) -> str:
@@ -88,7 +88,7 @@ class Training:
 
 
 def trainings(texts: list[str], options: str, seeds: range, out: Path) -> list[Training]:
-    """Seed by seed, each of `texts` with `options` behind it. Raises InputError for a recipe that there is not."""
+    """Seed by seed, a run for each of `texts` with `options` added. Raises InputError for an unknown recipe."""
     runs = []
     for seed in seeds:
         for text in texts:
@@ -102,20 +102,20 @@ def trainings(texts: list[str], options: str, seeds: range, out: Path) -> list[T
 
 
 def duration(seconds: float) -> str:
-    """In minutes, or hours and minutes."""
+    """A time in minutes, or in hours and minutes."""
     minutes = round(seconds / 60)
     return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes} min"
 
 
 class Progress:
-    """Prints a line for every epoch: which run, how far, and how long this run and all of them still take."""
+    """Prints a line for every epoch: the run, its progress, and how long it and all others will still take."""
 
     def __init__(self, runs: list[Training], jobs: int):
         self.runs, self.jobs = runs, jobs
         self.seen = {run: len(run.history()) for run in runs}
 
     def look(self, run: Training) -> None:
-        """Print what is new of `run`."""
+        """Print a line if `run` has finished another epoch."""
         rows = run.history()
         if len(rows) <= self.seen[run]:
             return
@@ -129,13 +129,13 @@ class Progress:
 
 
 def tell(line: str) -> None:
-    """Print it with the time of day."""
+    """Print a line with the time of day."""
     print(f"{strftime('%H:%M:%S')}  {line}", flush=True)
 
 
 @contextmanager
 def ended(active: dict[Training, subprocess.Popen]) -> Iterator[None]:
-    """Whatever ends this, no run goes on behind it: each writes a checkpoint first."""
+    """Within this, Ctrl-C and SIGTERM stop all active runs, each with a checkpoint."""
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         yield
@@ -145,13 +145,13 @@ def ended(active: dict[Training, subprocess.Popen]) -> Iterator[None]:
         for process in active.values():
             process.wait()
         code = 130 if isinstance(e, KeyboardInterrupt) else 143
-        raise Stopped("stopped, with a checkpoint of each run; the same command goes on", code) from None
+        raise Stopped("stopped, with a checkpoint of each run; the same command resumes them", code) from None
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
 def work(runs: list[Training], jobs: int, threads: str, results: Path) -> int:
-    """Train all `runs` that have not ended, `jobs` at a time; returns how many failed."""
+    """Train all `runs` that have not finished, `jobs` at a time; returns how many failed."""
     progress, failed = Progress(runs, jobs), 0
     active: dict[Training, subprocess.Popen] = {}
     waiting = [run for run in runs if not run.ended]
@@ -161,7 +161,7 @@ def work(runs: list[Training], jobs: int, threads: str, results: Path) -> int:
             while waiting and len(active) < jobs:
                 run = waiting.pop(0)
                 active[run] = run.start(threads)
-                tell(f"{run}: {'goes on' if run.history() else 'starts'}")
+                tell(f"{run}: {'resumed' if run.history() else 'started'}")
             sleep(POLL)
             for run, process in list(active.items()):
                 progress.look(run)
@@ -174,7 +174,7 @@ def work(runs: list[Training], jobs: int, threads: str, results: Path) -> int:
 
 
 def outcome(run: Training, code: int, results: Path) -> str:
-    """How it ended, in a line; its result goes to `results`."""
+    """One line on how it ended; copies its result to `results`."""
     if not run.ended:
         last = (run.log.read_text().splitlines() or ["nothing was printed"])[-1]
         return f"{run}: failed with exit code {code}: {last}"
@@ -187,11 +187,11 @@ def main(
     options: str = "",  # Further options, of all runs
     seeds: int = 1,  # How many seeds of each
     first_seed: int = 0,  # The first of them
-    jobs: int = 1,  # Runs at a time; each has its part of the cores
+    jobs: int = 1,  # Runs at a time, which share the cores
     out: str = "runs/campaign",  # Folder of the run folders
     results: str = None,  # Folder for the results [results/runs]
 ):
-    """Work through many trainings in the background: recipes, changes of them, seeds."""
+    """Train many runs in the background: recipes, changes of them, seeds."""
     for option, value in (("--seeds", seeds), ("--jobs", jobs)):
         if value < 1:
             raise InputError(f"{option} is {value}: it must be at least 1")

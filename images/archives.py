@@ -1,4 +1,4 @@
-"""Archives of strangers, read member by member in memory: as nothing is unpacked, nothing can land outside a folder."""
+"""Untrusted archives, read member by member in memory: nothing is unpacked, so nothing can land outside a folder."""
 
 import errno
 import stat
@@ -10,15 +10,15 @@ from pathlib import Path, PurePosixPath
 from errors import InputError
 
 SUFFIXES = (".tgz", ".tar.gz", ".tar.xz", ".zip")
-MAX_MEMBER = 64 * 2**20  # bytes; an official batch file has 31 MB, so that more than this is no part of a data set
-MAX_RATIO = 200  # bytes out of an archive for each in it; images hardly shrink, and zeros a thousandfold
+MAX_MEMBER = 64 * 2**20  # bytes; the largest member of a real data set, an official batch file, has 31 MB
+MAX_RATIO = 200  # unpacked bytes for each packed one; images hardly compress, and zeros a thousandfold
 
 
 def members(path: Path) -> Iterator[tuple[PurePosixPath, bytes | None]]:
     """(name, content) of every member in stored order, content None for a folder.
 
-    Raises InputError for an archive that is damaged or none, and for a member that is a link, points outside, or is far
-    larger than any image.
+    Raises InputError for a damaged archive or another kind of file, and for a member that is a link, points outside, or
+    is far larger than any image.
     """
     if not path.name.lower().endswith(SUFFIXES):
         raise InputError(f"{path}: neither a folder nor an archive; an archive ends in {', '.join(SUFFIXES)}")
@@ -29,11 +29,11 @@ def members(path: Path) -> Iterator[tuple[PurePosixPath, bytes | None]]:
             if total > most:
                 raise InputError(f"{path}: unpacks to more than {MAX_RATIO} times its size, as no images do; refused")
             yield member, data
-    except Exception as e:  # a damaged archive can make anything of Python's readers
-        # Of an OSError, None is gzip's own and EINVAL is a wrong offset; all others are the disk's.
+    except Exception as e:  # a damaged archive can make Python's readers raise anything
+        # An OSError without an errno comes from gzip, EINVAL from a wrong offset in the file; all others from the disk.
         if isinstance(e, InputError) or (isinstance(e, OSError) and e.errno not in (None, errno.EINVAL)):
             raise
-        reason = str(e).partition(":\n")[0]  # tarfile goes on with what each of its formats says
+        reason = str(e).partition(":\n")[0]  # tarfile lists one reason for each of its formats
         raise InputError(f"{path}: a damaged or locked archive ({reason}); fetch it again") from e
 
 
@@ -47,7 +47,7 @@ def _checked(path: Path, name: str, size: int, special: bool) -> PurePosixPath:
 
 
 class _SmallMember(tarfile.TarInfo):
-    """A member's header. tarfile reads the content of some kinds, long names among them, before anyone sees them."""
+    """A member's header, checked early: tarfile reads some members, long names for example, before it returns them."""
 
     @classmethod
     def frombuf(cls, buf, encoding, errors):
@@ -59,7 +59,7 @@ class _SmallMember(tarfile.TarInfo):
 
 def _tar_members(path: Path) -> Iterator[tuple[PurePosixPath, bytes | None]]:
     with tarfile.open(path, "r:*", tarinfo=_SmallMember) as archive:
-        for info in archive:  # one pass, as a compressed file cannot seek
+        for info in archive:  # in one pass, as seeking in a compressed file is slow
             member = _checked(path, info.name, info.size, special=not (info.isfile() or info.isdir()))
             yield member, archive.extractfile(info).read() if info.isfile() else None
 

@@ -15,23 +15,23 @@ import numpy as np
 from images.table import ImageTable
 from names import printable
 
-VERSION = 6  # of what the reading makes of a source; another one is another entry
+VERSION = 6  # of the decoding; a new version makes new entries
 ARRAYS = ("images", "labels", "is_train")
-SUM = "sha256"  # the file of an entry that tells damage
+SUM = "sha256"  # the file with an entry's checksum
 DAY = 24 * 60 * 60  # seconds
 
 
 def cache_root() -> Path | None:
-    """`custom-resnet` in the user's cache folder, None without a home. Any entry in it can be deleted at any time."""
+    """`custom-resnet` in the user's cache folder, None without a home. Its entries can be deleted at any time."""
     root = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
-    return None if root.startswith("~") else Path(root) / "custom-resnet"  # a container's user need not have one
+    return None if root.startswith("~") else Path(root) / "custom-resnet"  # a user in a container can be without a home
 
 
 def decoded(path: Path, read: Callable[[Path], ImageTable]) -> ImageTable:
-    """What `read` makes of the file or folder `path`, from the cache where neither has changed since.
+    """The table that `read` makes of the file or folder `path`, from the cache if it is there.
 
-    A change of the source is told by the names, sizes and modification times of all files that are not hidden, one of
-    the entry by its SHA-256. If nothing can be kept, or what was kept is damaged, a line on stderr says so.
+    A source counts as changed when the name, size or modification time of any file in it has changed, hidden ones
+    aside; an entry is checked against its SHA-256. A line on stderr reports an entry that is damaged or cannot be kept.
     """
     name, root = path.resolve().name, cache_root()
     if root is None:
@@ -47,7 +47,7 @@ def decoded(path: Path, read: Callable[[Path], ImageTable]) -> ImageTable:
     try:
         _save(entry, table)
     except OSError as e:  # a full disk, a home that cannot be written to
-        why = f"the decoded images cannot be kept in {entry.parent} ({e.strerror}); going on without"
+        why = f"the decoded images cannot be kept in {entry.parent} ({e.strerror}); continuing without"
         print(printable(why), file=sys.stderr)
         return table
     return _load(entry) or table
@@ -77,7 +77,7 @@ def _save(entry: Path, table: ImageTable) -> None:
     beside = entry.with_name(f".{entry.name}.{os.getpid()}")
     entry.parent.mkdir(parents=True, exist_ok=True)
     for leftover in entry.parent.glob(".*"):
-        if time.time() - leftover.stat().st_mtime > DAY:  # of a process that was killed
+        if time.time() - leftover.stat().st_mtime > DAY:  # left by a process that was killed
             shutil.rmtree(leftover, ignore_errors=True)
     try:
         beside.mkdir()
@@ -89,14 +89,14 @@ def _save(entry: Path, table: ImageTable) -> None:
         (beside / SUM).write_text(_digest(beside))
         beside.rename(entry)
     except OSError as e:
-        if e.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # another process was faster, with the same
+        if e.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # another process has just written the same entry
             raise
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 
 
 def _load(entry: Path) -> ImageTable | None:
-    """None where it is not there, or damaged: that is said, and it goes."""
+    """The table in the entry; None if it does not exist, or is damaged, in which case it is reported and deleted."""
     if not os.path.exists(entry):
         return None
     try:
@@ -115,9 +115,9 @@ def _load(entry: Path) -> ImageTable | None:
 
 
 def _digest(entry: Path) -> str:
-    """SHA-256 over what is in it: 0.2 s for the 60,000 images of CIFAR-10."""
+    """SHA-256 over the entry's files: 0.2 s for the 60,000 images of CIFAR-10."""
     digest = hashlib.sha256()
     for name in (*(f"{name}.npy" for name in ARRAYS), "about.json"):
         with (entry / name).open("rb") as file:
-            hashlib.file_digest(file, lambda: digest)  # goes on with this one
+            hashlib.file_digest(file, lambda: digest)  # adds to this digest
     return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""CIFAR-10: fastai's download of it, and the official batch files, which are pickles of strangers."""
+"""CIFAR-10: fastai's download of it, and the official batch files, which are untrusted pickles."""
 
 import io
 import pickle
@@ -22,10 +22,10 @@ BATCH_FILES = (*BATCHES, "batches.meta")
 
 
 def download() -> Path:
-    """The folder of fastai's copy of CIFAR-10, downloaded if need be. Raises InputError where it cannot be."""
+    """The folder of fastai's copy of CIFAR-10, downloaded if it is not there. Raises InputError if that fails."""
     try:
         archive = fastai_path("archive") / Path(URLs.CIFAR).name
-    except RuntimeError as e:  # pathlib's
+    except RuntimeError as e:  # pathlib's, for a user without a home
         raise InputError("there is no home folder for CIFAR-10; set HOME or FASTAI_HOME, or pass --data PATH") from e
     if not (fastai_path("data") / "cifar10").exists() and not archive.exists():
         _check_reachable(URLs.CIFAR)
@@ -33,12 +33,12 @@ def download() -> Path:
     try:
         with nullcontext() if sys.stdout.isatty() else redirect_stdout(io.StringIO()):  # the bar redraws itself with \r
             return untar_data(URLs.CIFAR)
-    except Exception as e:  # fastdownload raises that very class for a wrong checksum
+    except Exception as e:  # fastdownload raises a plain Exception for a wrong checksum
         raise InputError(f"the download of CIFAR-10 failed ({e}); pass --data PATH or --data digits") from e
 
 
 def _check_reachable(url: str, timeout: float = 6) -> None:
-    """Raise InputError unless `url` answers in `timeout` seconds. In a thread, as no socket timeout covers the DNS."""
+    """Raise InputError unless `url` answers within `timeout` seconds. In a thread, as socket timeouts leave DNS out."""
     outcome: list = []
 
     def probe():
@@ -64,11 +64,11 @@ class _DType:
         self.code = code
 
     def __setstate__(self, state):
-        """Byte order and the like, which single bytes do not have."""
+        """Ignores the byte order and alignment: single bytes have none."""
 
 
 class _Array:
-    """Stands in for numpy's array: numpy trusts what it reads from a pickle, and a damaged one can end the process."""
+    """Stands in for numpy's array: numpy trusts a pickle's content, and a damaged one can crash the process."""
 
     def __setstate__(self, state):
         _, shape, dtype, fortran_order, data = state
@@ -78,14 +78,14 @@ class _Array:
 
 
 class _ArrayUnpickler(pickle._Unpickler):
-    """Reads what the official batch files hold (dicts, lists, bytes, strings, numbers, uint8 arrays), and calls nothing
-    but the functions here: a pickle can otherwise run any code.
+    """Reads what the official batch files contain (dicts, lists, bytes, strings, numbers, uint8 arrays) and calls only
+    the functions here, where a plain unpickler would run any code that a file asks for.
 
-    It builds on the reader that is written in Python: the one in C reserves as much memory as a file says it needs.
+    It extends Python's own unpickler, not the one in C, which allocates as much memory as a file claims to need.
     """
 
     dispatch = dict(pickle._Unpickler.dispatch)  # noqa: RUF012
-    del dispatch[pickle.BYTEARRAY8[0]]  # the one code at which this reader does the same
+    del dispatch[pickle.BYTEARRAY8[0]]  # the one opcode at which Python's does so, too
 
     def find_class(self, module: str, name: str):
         if (module, name) == ("numpy", "ndarray"):
@@ -94,7 +94,7 @@ class _ArrayUnpickler(pickle._Unpickler):
             return _DType
         if name == "_reconstruct" and module in {"numpy.core.multiarray", "numpy._core.multiarray"}:
             return lambda *_: _Array()
-        if (module, name) == ("_codecs", "encode"):  # how Python 3 writes bytes at the protocol of these files
+        if (module, name) == ("_codecs", "encode"):  # Python 3 writes bytes like this in the protocol of these files
             return lambda text, encoding: text.encode("latin1")
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no batch file needs")
 
@@ -108,7 +108,7 @@ def _unpickle(data: bytes, name: str) -> dict:
 
 
 def read_batches(where: str, files: dict[str, bytes]) -> ImageTable:
-    """The table of the official batch files, name → content. Raises InputError where they are not those."""
+    """The table of the official batch files; files: name → content. Raises InputError if they are something else."""
     for needed in BATCH_FILES:
         if needed not in files:
             raise InputError(f"{where}: {needed} is missing; fetch the whole of CIFAR-10's python version")

@@ -11,43 +11,42 @@ from PIL import Image, ImageOps
 from errors import InputError
 
 SIZE = 32  # pixels a side
-MAX_PIXELS = 64_000_000  # of an image that is shrunk to 32x32; decoded it would take 200 MB
-MAX_BYTES = 64 * 2**20  # of an image's file
-# By content, as a name is often wrong. Pillow reads dozens, some of which (EPS) run other programs.
+MAX_PIXELS = 64_000_000  # in an image: decoded, it takes 200 MB
+MAX_BYTES = 64 * 2**20  # in an image file
+# Recognised by content, as names are often wrong. Pillow reads dozens more, some of which (EPS) run other programs.
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP")
 
 
 def to_rgb(image: Image.Image) -> np.ndarray:
-    """A PIL image of any mode and size → uint8 (32, 32, 3), upright. Other sizes are squeezed: nothing is cut off.
+    """A PIL image of any mode and size → uint8 (32, 32, 3), upright. Other sizes are resized, without cropping.
 
     Raises ValueError for one of more than 64 million pixels.
     """
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(f"{image.width}x{image.height} pixels, too many")
     if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))  # Pillow would make all above 255 white
-    image = image.convert("RGB")  # a copy, which may be turned
-    if "exif" in image.info:  # a telephone stores its photographs as the sensor lay, and says so there
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))  # Pillow would clip at 255
+    image = image.convert("RGB")  # a copy, so that it can be rotated in place
+    if "exif" in image.info:  # phones store photographs as the sensor lay, and the rotation there
         ImageOps.exif_transpose(image, in_place=True)
     if image.size != (SIZE, SIZE):
         image = image.resize((SIZE, SIZE), Image.Resampling.BILINEAR)
-    return np.array(image)  # Pillow's own memory could not be written to, which torch warns about
+    return np.array(image)  # a copy: torch warns about Pillow's memory, which is read-only
 
 
 def decode(
     data: bytes, name: str, animated: Callable[[str], None], sized: Callable[[tuple[int, int]], None] | None = None
 ) -> np.ndarray:
-    """A file's content → uint8 (32, 32, 3). Calls `animated` with its name where more frames are left out, and `sized`
-    with the width and height that it had.
+    """An image file's content → uint8 (32, 32, 3). Raises InputError, with its name, if it is not an image.
 
-    Raises InputError that names it where it is no image.
+    Calls `animated` with the name if it has more frames than the first, and `sized` with its original width and height.
     """
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            if getattr(image, "is_animated", False):  # to count its frames takes minutes where there are millions
+            if getattr(image, "is_animated", False):  # counting the frames could take minutes
                 animated(name)
             pixels, size = to_rgb(image), image.size
-    except Exception as e:  # whatever a decoder makes of a foreign file: Pillow raises half a dozen types
+    except Exception as e:  # Pillow raises half a dozen types for damaged files
         reason = str(e).partition(" <_io")[0]
         raise InputError(f"{name}: not a readable image ({reason}); remove or replace it") from e
     if sized:
@@ -58,9 +57,9 @@ def decode(
 def read_image(
     path: Path, animated: Callable[[str], None], sized: Callable[[tuple[int, int]], None] | None = None
 ) -> np.ndarray:
-    """`decode` of a file. Raises OSError where it cannot be read."""
+    """`decode` a file. Raises OSError if it cannot be read."""
     info = path.stat()
-    if not stat.S_ISREG(info.st_mode):  # to read a pipe would wait for ever
+    if not stat.S_ISREG(info.st_mode):  # reading a pipe could wait for ever
         raise InputError(f"{path}: not a file; remove it")
     if info.st_size > MAX_BYTES:
         raise InputError(f"{path}: {info.st_size:,} bytes, more than any image here has; remove it")

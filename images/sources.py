@@ -1,4 +1,4 @@
-"""Where images come from: every source is decoded once, checked, and becomes an `ImageTable`."""
+"""The sources of images: each is decoded once, checked, and becomes an `ImageTable`."""
 
 import os
 import sys
@@ -92,13 +92,13 @@ def _read_archive(path: Path) -> ImageTable:
         parts = member.parts
         if data is not None and member.name in BATCH_FILES:
             batches[member.name] = data
-        if depth is None:  # the first train or test folder tells how deep the layout starts
+        if depth is None:  # the first train or test folder shows at which depth the layout starts
             depth = next((i for i, part in enumerate(parts) if part in ("train", *TEST)), None)
         if depth is None or len(parts) < depth + 2 or parts[depth] not in ("train", *TEST):
-            continue  # a read-me, a list of labels
+            continue  # a README, a list of labels
         if any(part.startswith(".") for part in parts[depth + 1 :]):
-            continue  # .DS_Store and its like
-        images = found[parts[depth], parts[depth + 1]]  # also for a folder, so that an empty class is seen
+            continue  # .DS_Store and the like
+        images = found[parts[depth], parts[depth + 1]]  # also for a folder, so that an empty class is reported
         if data is None:
             continue
         name = f"{path}: {member}"

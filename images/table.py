@@ -1,4 +1,4 @@
-"""Decoded images as fastai items: an `ImageTable`, whose views share its pixels."""
+"""Decoded images as fastai items: an `ImageTable`, whose subsets are views of the same pixels."""
 
 import hashlib
 import unicodedata
@@ -13,8 +13,8 @@ from errors import InputError
 from images.decoding import SIZE
 
 SPLITS = ("train", "test")
-LARGE = 2 * SIZE  # pixels a side; what is in an image of more is hard to see when it is squeezed
-SECONDS = 10  # between two lines that say how many images have been decoded
+LARGE = 2 * SIZE  # pixels a side; larger images lose much when they are resized
+SECONDS = 10  # between two lines about the progress of decoding
 Found = dict[tuple[str, str], list[tuple[str, np.ndarray]]]  # (split, class) → (file name, pixels)
 
 
@@ -29,9 +29,9 @@ class Item(NamedTuple):
 class ImageTable:
     """Decoded images as fastai items: `table[i]` is an `Item`, `table[[i, …]]` a view of those rows without a copy.
 
-    images: uint8 (n, 32, 32, 3); labels: int64 (n,), indices into `classes`; is_train: bool (n,); `rows` are the rows
-    of a view. Where they are known beforehand, `stats` are mean and standard deviation per channel (range 0..1), and
-    `digest` is the fingerprint; `notes` are what a user should know about the data.
+    images: uint8 (n, 32, 32, 3); labels: int64 (n,), indices into `classes`; is_train: bool (n,); rows: those that this
+    view consists of. If they are known already, stats: mean and standard deviation of each channel (range 0..1), and
+    digest: the fingerprint. notes: warnings about the data, for the user.
     """
 
     name: str
@@ -55,15 +55,15 @@ class ImageTable:
 
     @property
     def iloc(self) -> "ImageTable":
-        """fastai takes subsets of table-like items through `.iloc`; with it, the splits share these pixels."""
+        """fastai takes subsets of table-like items through `.iloc`: so the splits are views, too."""
         return self
 
     def itertuples(self) -> Iterator[Item]:
-        """The items one by one; fastai goes over a subset of table-like items by this name."""
+        """The items one by one; fastai iterates over table-like items by this name."""
         return (self[i] for i in range(len(self)))
 
     def batch(self, indices: list[int]) -> tuple[np.ndarray, np.ndarray]:
-        """A copy of the pixels, uint8 (n, 32, 32, 3), and the labels, int64 (n,)."""
+        """A copy of these images, uint8 (n, 32, 32, 3), and their labels, int64 (n,)."""
         rows = self.rows[indices]
         return self.images[rows], self.labels[rows]
 
@@ -73,7 +73,7 @@ class ImageTable:
             return self.stats
         rows = self.rows[self.is_train[self.rows]]
         total, squares = np.zeros(3), np.zeros(3)
-        for start in range(0, len(rows), 1024):  # in pieces, as floats take eight times the room
+        for start in range(0, len(rows), 1024):  # in pieces, as floats take eight times the memory
             pixels = self.images[rows[start : start + 1024]].reshape(-1, 3).astype(float)
             total += pixels.sum(0)
             squares += np.einsum("ij,ij->j", pixels, pixels)
@@ -83,7 +83,7 @@ class ImageTable:
         return tuple((mean / 255).tolist()), tuple((std / 255).tolist())
 
     def fingerprint(self) -> str:
-        """SHA-256 over classes, labels, split and pixels: equal for equal data, wherever it was read from."""
+        """SHA-256 over classes, labels, split and pixels: the same for the same data, however it was stored."""
         if self.digest:
             return self.digest
         digest = hashlib.sha256("\0".join(self.classes).encode())
@@ -94,21 +94,21 @@ class ImageTable:
 
 @dataclass
 class Tally:
-    """What is to be said of the images of a source: which are animated, and their sizes before they were squeezed."""
+    """Observations while a source is decoded: which images are animated, and their original sizes."""
 
     animated: list[str] = field(default_factory=list)
     sizes: list[tuple[int, int]] = field(default_factory=list)
     said: float = field(default_factory=perf_counter)
 
     def sized(self, size: tuple[int, int]) -> None:
-        """Count an image of that width and height; now and then a line says how many there are."""
+        """Count an image of that width and height; now and then, print how many there are so far."""
         self.sizes.append(size)
         if perf_counter() - self.said > SECONDS:
             print(f"decoding     {len(self.sizes):,} images so far")
             self.said = perf_counter()
 
     def notes(self) -> list[str]:
-        """A line for each."""
+        """The warnings that follow from them, one line each."""
         notes = []
         if self.animated:
             others = f", and of {len(self.animated) - 1} others" if len(self.animated) > 1 else ""
@@ -123,7 +123,7 @@ class Tally:
 def table_of(name: str, found: Found, tally: Tally | None = None, splits: tuple[str, str] = SPLITS) -> ImageTable:
     """Check the classes and put all images into one array, ordered by split, class and file name.
 
-    splits: what the training and the test set are called in `found`.
+    splits: the names of the training and the test set in `found`. Raises InputError for classes that cannot be used.
     """
     classes = {split: {c for s, c in found if s == split} for split in splits}
     for split, other in (splits, splits[::-1]):
@@ -146,6 +146,6 @@ def table_of(name: str, found: Found, tally: Tally | None = None, splits: tuple[
     notes = tally.notes() if tally else []
     digests = np.array([hashlib.blake2b(image.tobytes(), digest_size=8).digest() for image in images])
     if twice := int(np.isin(digests[~is_train], digests[is_train]).sum()):
-        notes.append(f"{twice} of {(~is_train).sum()} test images are among the training images; the accuracy flatters")
+        notes.append(f"{twice} of {(~is_train).sum()} test images are also training images; the accuracy is optimistic")
     rows = np.arange(len(images))
     return ImageTable(name, tuple(names), images, labels, is_train, rows, notes=tuple(notes))

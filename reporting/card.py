@@ -12,7 +12,7 @@ from recipes import Recipe
 from reporting.tables import markdown_table
 
 TEMPLATE = Template(Path(__file__).with_name("card.md").read_text(encoding="utf-8"))
-MOST_CLASSES = 100  # named in it
+MOST_CLASSES = 100  # that the card names
 WITH_FASTAI = Template("""
 With fastai, in Python $python (`pip install fastai huggingface_hub toml`):
 
@@ -30,15 +30,15 @@ CAPTIONS = {
     "lr_find": "Learning-rate range test",
     "confusion": "Confusions",
     "classes": "Accuracy of each class",
-    "reliability": "How often it is right where it is how sure",
-    "wrong": "The most confident mistakes, and where in the image the network saw what it says (Grad-CAM)",
-    "uncertain": "The images it cannot decide on",
-    "augmentations": "What the network was trained on",
+    "reliability": "Reliability: accuracy at each confidence",
+    "wrong": "The most confident mistakes, and where in the image they come from (Grad-CAM)",
+    "uncertain": "The least certain predictions",
+    "augmentations": "Augmented training images",
 }
 
 
 def write_card(run: Path, options: Options, result: dict) -> None:
-    """The run's `README.md`: `card.md` with what is to be said of this run in its places."""
+    """Write the run's `README.md`, from the template `card.md`."""
     n = result["images"]
     names, more = result["classes"][:MOST_CLASSES], " …" * (len(result["classes"]) > MOST_CLASSES)
     python = result["versions"]["python"].rpartition(".")[0]
@@ -67,16 +67,16 @@ def write_card(run: Path, options: Options, result: dict) -> None:
 
 
 def code(result: dict) -> str:
-    """Where the code is, as far as git knows."""
+    """The code's repository and commit, as far as git knows."""
     if not result["commit"]:
         return "this project's"
-    address = result.get("repository")  # of an older run there is none
+    address = result.get("repository")  # older runs have none
     where = f"[{address.removeprefix('https://')}]({address}), " if address else ""
     return f"{where}commit `{result['commit']}`{'' if result['clean'] else ', changed'}"
 
 
 def model_index(result: dict) -> dict:
-    """The accuracy as the Hub lists it."""
+    """The accuracy, in the Hub's format."""
     measured = {
         "task": {"type": "image-classification"},
         "dataset": {"type": result["source"], "name": result["source"]},
@@ -86,25 +86,25 @@ def model_index(result: dict) -> dict:
 
 
 def figures(result: dict) -> list[tuple[str, str, str]]:
-    """Name, value and a word about each figure that there is."""
-    best = f"epoch {result['best_epoch']}, chosen on these images: flattered"
+    """Name, value and a comment for each accuracy and the calibration error."""
+    best = f"epoch {result['best_epoch']}, chosen on these images: optimistic"
     best = "the last one" if result["best_epoch"] == result["epochs"] else best
     rows = [
         ("accuracy after the last epoch", "last_accuracy", "the headline"),
-        ("accuracy with TTA", "tta_accuracy", "each image together with its mirror image"),
+        ("accuracy with TTA", "tta_accuracy", "each image averaged with its mirror image"),
         ("accuracy after the best epoch", "best_accuracy", best),
-        ("expected calibration error", "calibration_error", "0 % is as sure as right"),
+        ("expected calibration error", "calibration_error", "0 %: confidence equals accuracy"),
     ]
     return [(name, f"{100 * result[key]:.2f} %", how) for name, key, how in rows if result[key] is not None]
 
 
 def settings(result: dict) -> list[tuple[str, object]]:
-    """Name and value of each setting of the training."""
+    """Name and value of each training setting."""
     names = [field.name for field in fields(Recipe) if field.name not in ("data", "lr", "width")]
     return [(name, result[name]) for name in ("peak_lr", *names, "norm", "precision", "seed")]
 
 
 def pictures(run: Path) -> str:
-    """Each picture that the run has, under its caption."""
+    """The run's pictures in Markdown, each under its caption."""
     shown = {name: caption for name, caption in CAPTIONS.items() if (run / f"{name}.png").exists()}
     return "\n".join(f"## {caption}\n\n![{caption}]({name}.png)\n" for name, caption in shown.items())

@@ -1,4 +1,4 @@
-"""What the trained network makes of the validation images: confusions, calibration, the worst mistakes."""
+"""Evaluation of the trained network on the validation images: confusions, calibration, the worst mistakes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from sklearn.metrics import confusion_matrix
 from images.table import ImageTable
 from training.precision import full_precision
 
-BINS = 15  # as in the paper on calibration below
+BINS = 15  # of confidence, as in the paper that `calibration` names
 
 
 @dataclass(frozen=True)
@@ -28,31 +28,31 @@ class Evaluation:
 
     @property
     def confidence(self) -> np.ndarray:
-        """Its probability, (n,)."""
+        """The probability of that class, (n,)."""
         return self.probabilities.max(1)
 
     @property
     def right(self) -> np.ndarray:
-        """Whether it is the image's class, bool (n,)."""
+        """Whether the prediction is right, bool (n,)."""
         return self.predicted == self.labels
 
     def counts(self) -> np.ndarray:
-        """How many images of each class there are, and how many of them are taken for it, (2, classes)."""
+        """The number of images of each class, and how many of them are predicted right, (2, classes)."""
         n = len(self.table.classes)
         return np.stack([np.bincount(labels, minlength=n) for labels in (self.labels, self.labels[self.right])])
 
     def most_confused(self, k: int) -> np.ndarray:
-        """The `k` classes that are mistaken, or mistaken for, the most often, in the table's order; all, if fewer."""
+        """The `k` classes with the most mistakes, as true or as predicted class, in the table's order."""
         n = len(self.table.classes)
         mistakes = sum(np.bincount(labels[~self.right], minlength=n) for labels in (self.labels, self.predicted))
         return np.sort(np.argsort(-mistakes, kind="stable")[:k])
 
     def confusion(self, classes: Sequence[int]) -> np.ndarray:
-        """The number of images, a row for each of `classes` that is true, a column for each that is predicted."""
+        """The confusion matrix of `classes`: a row for each true class, a column for each predicted one."""
         return confusion_matrix(self.labels, self.predicted, labels=classes)
 
     def calibration(self) -> list[tuple[float, float, int]]:
-        """Mean confidence, accuracy and number of images for each bin of confidence that has any.
+        """Mean confidence, accuracy and number of images of each bin of confidence that is not empty.
 
         Source: Guo et al., "On Calibration of Modern Neural Networks" (2017), section 2.
         """
@@ -61,22 +61,22 @@ class Evaluation:
         return [(float(self.confidence[m].mean()), float(self.right[m].mean()), int(m.sum())) for m in masks]
 
     def calibration_error(self) -> float:
-        """The expected calibration error: by how much confidence and accuracy differ, 0 to 1. Source: as above."""
+        """The expected calibration error: how far confidence and accuracy differ, 0 to 1. Source: as `calibration`."""
         n = len(self.labels)
         return sum(count / n * abs(accuracy - confidence) for confidence, accuracy, count in self.calibration())
 
     def most_wrong(self, k: int) -> np.ndarray:
-        """The images that are taken for another class with the highest confidence, at most `k`."""
+        """The `k` wrong predictions with the highest confidence, or fewer if there are fewer; indices."""
         order = np.argsort(-self.confidence, kind="stable")
         return order[~self.right[order]][:k]
 
     def most_uncertain(self, k: int) -> np.ndarray:
-        """The images whose most probable class is the least probable, at most `k`."""
+        """The `k` predictions with the lowest confidence; indices."""
         return np.argsort(self.confidence, kind="stable")[:k]
 
 
 def evaluate(learn: Learner) -> Evaluation:
-    """The learner's predictions on its validation set, in fp32: one forward pass."""
+    """The learner's predictions on its validation set, in fp32."""
     with learn.no_bar(), learn.no_logging(), full_precision(learn):
         probabilities, labels = learn.get_preds()
     return Evaluation(learn.dls.valid_ds.items, labels.numpy(), probabilities.numpy())

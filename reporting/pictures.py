@@ -1,4 +1,4 @@
-"""The pictures of runs, drawn with matplotlib's `Figure`: a notebook's own figures and backend stay as they are."""
+"""The pictures of runs, drawn on matplotlib's `Figure`, so that a notebook's figures and backend are left alone."""
 
 from pathlib import Path
 
@@ -14,18 +14,18 @@ from recipes import Curve, Recipe
 from reporting.evaluation import Evaluation
 from training.lr_finder import RangeTest
 
-# Okabe and Ito's palette, which the colour-blind can tell apart
+# Okabe and Ito's palette, for colour-blind readers, too
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#777777"
 MARKS = (ORANGE, "black", GREEN, PURPLE, GREY)
 COLORS = (BLUE, ORANGE, GREEN, PURPLE, GREY, "black", "#56B4E9", "#E69F00")
-AS_IT_IS = {"parse_math": False}  # a text with a name in it: two dollars would make mathematics of it
-MANY = 10  # images, of which an accuracy says something
-BELOW = 6  # points under the lowest accuracy to compare with that are still shown
-MOST_CLASSES = 100  # in the picture of confusions: more are a grey blur, and take memory by their square
+AS_IT_IS = {"parse_math": False}  # for texts with names in them: matplotlib would typeset what is between two dollars
+MANY = 10  # images that it takes for a meaningful accuracy
+BELOW = 6  # points of accuracy shown below the lowest marked line
+MOST_CLASSES = 100  # in the picture of confusions: more could not be told apart
 
 
 def save_figure(figure: Figure, path: Path, comment: str | None = None, svg: bool = False) -> None:
-    """Write it to `path`, complete or not at all; `comment` goes into the file, `svg` writes that format beside it."""
+    """Write it to `path`, complete or not at all. `comment` goes into the file; `svg` writes an SVG file, too."""
     with complete(path) as beside:
         figure.savefig(beside, dpi=120, metadata={"Comment": comment} if comment else None)
     if svg:
@@ -34,7 +34,7 @@ def save_figure(figure: Figure, path: Path, comment: str | None = None, svg: boo
 
 
 def new_axes(title: str, xlabel: str, ylabel: str, size: tuple[float, float] = (7, 4.2)) -> tuple[Figure, Axes]:
-    """A figure with one plot."""
+    """A figure and its single plot."""
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
     axes.set_title(title, **AS_IT_IS)
@@ -45,7 +45,7 @@ def new_axes(title: str, xlabel: str, ylabel: str, size: tuple[float, float] = (
 
 
 def save_augmentations(dls: DataLoaders, path: Path, columns: int = 8, draws: int = 4) -> None:
-    """A column an image: the original on top, what `draws` epochs make of it below, under the name of its class."""
+    """One image a column, under its class: the original, and below it the augmented image in each of `draws` epochs."""
     table, augment = dls.train_ds.items, dls.train.after_item.augment.pipeline
     rows = np.random.default_rng(0).permutation(len(table))[:columns].tolist()
     originals, labels = table.batch(rows)
@@ -65,10 +65,10 @@ def save_augmentations(dls: DataLoaders, path: Path, columns: int = 8, draws: in
 
 
 def save_lr_find(test: RangeTest, path: Path, chosen: float | None) -> None:
-    """The range test's curve with each suggestion, and the learning rate that training uses, if there is one."""
+    """The range test's curve, each suggestion, and the peak learning rate that training uses, if there is one."""
     figure, axes = new_axes("Learning-rate range test", "learning rate", "training loss")
     axes.set_xscale("log")
-    if chosen is not None:  # first in the legend, too
+    if chosen is not None:  # drawn first, to be first in the legend
         axes.axvline(chosen, color="black", lw=1.5, label=f"this run's peak: {chosen:.2g}")
     axes.plot(test.lrs, test.batch_losses, ".", ms=4, color=BLUE, alpha=0.5, label="each batch")
     axes.plot(test.lrs, test.losses, color=BLUE, label="smoothed, as fastai does")
@@ -77,7 +77,7 @@ def save_lr_find(test: RangeTest, path: Path, chosen: float | None) -> None:
             label = f"{name}: {lr:.2g}" + (" (default suggestion)" if name == test.default else "")
             axes.plot(lr, test.loss_at(lr), marker, color=color, ms=11 if name == test.default else 6, label=label)
     if test.losses:
-        # The divergence at the end would flatten the valley, which is what one looks at.
+        # Shown in full, the divergence at the end would flatten the valley.
         low, start = min(test.batch_losses), test.losses[0]
         axes.set_ylim(low - 0.15 * (start - low + 0.1), start + 0.6 * (start - low + 0.1))
     else:
@@ -88,7 +88,7 @@ def save_lr_find(test: RangeTest, path: Path, chosen: float | None) -> None:
 
 
 def save_history(history: list[dict], folder: Path, what: str, seed_curve: list[float] | None = None) -> None:
-    """`loss.png` and `accuracy.png`: both curves over the epochs, the best and the last validation accuracy marked.
+    """`loss.png` and `accuracy.png`: training and validation curves, the best and the last accuracy marked.
 
     seed_curve: the validation accuracy, 0 to 1, in each epoch of the recipe `seed`, for comparison.
     """
@@ -110,7 +110,7 @@ def save_history(history: list[dict], folder: Path, what: str, seed_curve: list[
                 curve = 100 * np.array(seed_curve)
                 axes.plot(range(1, len(curve) + 1), curve, lw=1, color=GREY, label="recipe seed, for comparison")
         axes.xaxis.get_major_locator().set_params(integer=True)
-        if len(history) == 1:  # else matplotlib shows the hundredths around it
+        if len(history) == 1:  # matplotlib would mark hundredths of an epoch
             axes.set(xlim=(0, 2), xticks=[1])
         axes.legend(frameon=False)
         save_figure(figure, folder / f"{kind}.png", svg=True)
@@ -119,9 +119,10 @@ def save_history(history: list[dict], folder: Path, what: str, seed_curve: list[
 def save_comparison(
     groups: dict[str, list[dict]], path: Path, comment: str | None = None, marks: dict[str, float] | None = None
 ) -> None:
-    """The validation accuracy over the epochs: the mean of each group's runs, within a band of one standard deviation.
+    """The validation accuracy over the epochs: the mean of each group's runs, with a band of one standard deviation.
 
-    groups: what is in the `result.json` of runs on the same data. marks: accuracies in percent to draw a line at.
+    groups: name → the `result.json` contents of runs on the same data. marks: name → an accuracy in percent to draw as
+    a line.
     """
     first = next(iter(groups.values()))[0]
     widths = {run["width"] for runs in groups.values() for run in runs}
@@ -138,7 +139,7 @@ def save_comparison(
     for (name, accuracy), style in zip((marks or {}).items(), ("-", "--", ":"), strict=False):
         axes.axhline(accuracy, color="gray", lw=1, ls=style, label=f"{name}: {accuracy:.2f} %")
     if marks:
-        axes.set_ylim(bottom=min(marks.values()) - BELOW)  # the first epochs would squeeze the end, which is compared
+        axes.set_ylim(bottom=min(marks.values()) - BELOW)  # leaves out the first epochs, to spread the end
     axes.xaxis.get_major_locator().set_params(integer=True)
     for text in axes.legend(frameon=False, loc="lower right").get_texts():
         text.set(**AS_IT_IS)
@@ -146,7 +147,7 @@ def save_comparison(
 
 
 def save_schedules(recipes: dict[str, Recipe], path: Path, comment: str | None = None, svg: bool = False) -> None:
-    """The learning rate of each recipe over its epochs; where the validation loss decides, its start, dashed."""
+    """The learning rate of each recipe over its epochs; a plateau schedule's initial one is dashed."""
     figure, axes = new_axes("Learning rate", "epoch", "learning rate")
     for (name, recipe), color in zip(recipes.items(), COLORS, strict=False):
         position = np.linspace(0, 1, 1000)
@@ -160,9 +161,9 @@ def save_schedules(recipes: dict[str, Recipe], path: Path, comment: str | None =
 
 
 def save_confusion(evaluation: Evaluation, path: Path) -> None:
-    """How many images of each class (a row) are taken for each (a column); the shade is the part of the row.
+    """The confusion matrix: a row for each true class, shaded by the fraction of the row.
 
-    Of more than `MOST_CLASSES` classes those with the most mistakes.
+    Of more than `MOST_CLASSES` classes, those with the most mistakes.
     """
     classes = evaluation.most_confused(MOST_CLASSES)
     counts, names = evaluation.confusion(classes), [shortened(evaluation.table.classes[i]) for i in classes]
@@ -173,7 +174,7 @@ def save_confusion(evaluation: Evaluation, path: Path) -> None:
     axes.grid(False)
     shade = counts / evaluation.counts()[0, classes, None].clip(min=1)
     axes.imshow(shade, cmap="Blues", vmin=0, vmax=1)
-    if n <= 25:  # more would be a grey blur
+    if n <= 25:  # labels of more would overlap
         axes.set_xticks(range(n), names, rotation=45, ha="right", **AS_IT_IS)
         axes.set_yticks(range(n), names, **AS_IT_IS)
         for (row, column), count in np.ndenumerate(counts):
@@ -184,7 +185,7 @@ def save_confusion(evaluation: Evaluation, path: Path) -> None:
 
 
 def save_classes(evaluation: Evaluation, path: Path) -> None:
-    """The accuracy of each class, the lowest first; of more than 40 classes the lowest 40."""
+    """The accuracy of each class, the lowest first; of more than 40 classes, the lowest 40."""
     images, right = evaluation.counts()
     accuracies = 100 * right / images.clip(min=1)
     order = np.argsort(accuracies, kind="stable")[:40]
@@ -204,15 +205,15 @@ def save_classes(evaluation: Evaluation, path: Path) -> None:
 
 
 def save_reliability(evaluation: Evaluation, path: Path) -> None:
-    """How often the network is right where it is how sure of it, and how many images there are of that kind.
+    """The reliability diagram: accuracy against confidence, and below it the number of images at each confidence.
 
-    The line leaves out the bins of few images: of one image it is right with all or with none.
+    The line leaves out bins of few images, whose accuracy is chance.
     """
     confidence, accuracy, count = (np.array(part) for part in zip(*evaluation.calibration(), strict=True))
     title = f"Reliability: expected calibration error {100 * evaluation.calibration_error():.1f} %"
     figure = Figure(figsize=(6, 6), layout="constrained")
     axes, parts = figure.subplots(2, sharex=True, height_ratios=(4, 1))
-    axes.plot([0, 1], [0, 1], color=GREY, ls="--", label="as sure as right")
+    axes.plot([0, 1], [0, 1], color=GREY, ls="--", label="perfectly calibrated")
     for mask, style, label in (
         (count >= MANY, {"ls": "-"}, "this network"),
         (count < MANY, {"ls": "", "mfc": "none", "alpha": 0.5}, f"this network, fewer than {MANY} images"),
@@ -232,15 +233,15 @@ def save_reliability(evaluation: Evaluation, path: Path) -> None:
 
 
 def save_examples(evaluation: Evaluation, chosen: np.ndarray, maps: np.ndarray, title: str, path: Path) -> None:
-    """The `chosen` images with what they are taken for; under each where the network saw that, from `grad_cam`."""
-    columns = min(6, max(3, len(chosen)))  # three are as wide as the title
+    """The `chosen` images with their predictions, and below each its heat map from `grad_cam`."""
+    columns = min(6, max(3, len(chosen)))  # the title needs the width of three
     rows = -(-len(chosen) // columns)
     figure = Figure(figsize=(1.4 * columns, 3.1 * rows + (0.5 if rows else 0.3)), layout="constrained")
     figure.suptitle(title if rows else f"{title}: there are none", fontsize=12 if rows else 9)
     grid = figure.subplots(2 * rows, columns, squeeze=False) if rows else np.empty(0)
     for axes in grid.flat:
         axes.set_axis_off()
-    names = [shortened(name, 11) for name in evaluation.table.classes]  # as wide as an image, with a percentage
+    names = [shortened(name, 11) for name in evaluation.table.classes]  # with a percentage, as wide as an image
     for k, (i, heat) in enumerate(zip(chosen, maps, strict=True)):
         top, bottom = grid[2 * (k // columns), k % columns], grid[2 * (k // columns) + 1, k % columns]
         image, is_label, label = evaluation.table[i].image, evaluation.labels[i], evaluation.predicted[i]

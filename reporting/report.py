@@ -1,4 +1,4 @@
-"""Every picture of a run, and the card that shows them."""
+"""All pictures of a run, and the model card that shows them."""
 
 import json
 from contextlib import nullcontext
@@ -32,16 +32,16 @@ from training.learner import new_learner
 from training.lr_finder import RangeTest
 from training.run import Run
 
-EXAMPLES = 12  # images in a picture of them
+EXAMPLES = 12  # images in each picture of examples
 RESULTS = Path(__file__).parents[1] / "results/runs"
 
 
 def write_report(learn: Learner, options: Options, result: dict, evaluation: Evaluation) -> None:
-    """Every picture of the training and the trained network into `learn.path`, and the README that shows them."""
+    """Write all pictures of the training and the trained network to `learn.path`, and the README that shows them."""
     run, classifier = learn.path, classifier_of(learn)
     print(f"pictures     {len(CAPTIONS)} of them, and the README that shows them")
     what = f"{result['source']}, recipe {result['recipe']}, width {result['width']}, seed {result['seed']}"
-    mixed = "" if result["precision"] == "fp32" else f", in {result['precision']}"  # and a little off what files say
+    mixed = "" if result["precision"] == "fp32" else f", in {result['precision']}"  # the files' figures are in fp32
     save_history(result["history"], run, what + mixed, seed_curve(result))
     recipe = replace(options.settings(), lr=result["peak_lr"])
     save_schedules({result["recipe"]: recipe}, run / "schedule.png", svg=True)
@@ -60,11 +60,11 @@ def write_report(learn: Learner, options: Options, result: dict, evaluation: Eva
 
 
 def draw_again(run: Run, device: str, pictures: bool = True) -> None:
-    """All pictures of a run that has ended, and its README, from its weights and the images it was trained on; before
-    them `model.pkl`, where there is none.
+    """Draw all pictures of a finished run and write its README, from its weights and images; first `model.pkl`, if
+    there is none.
 
-    device: its name. Of several processes all call this, and the first does it. Raises InputError where the run has not
-    ended, or the images are others.
+    device: its name. If there are several processes, all call this, and the first does it. Raises InputError if the run
+    has not finished, or the images have changed.
     """
     result = on_rank0(run.result)
     _, options = on_rank0(read_config, run.folder)
@@ -75,7 +75,7 @@ def draw_again(run: Run, device: str, pictures: bool = True) -> None:
         if learn.dls.train_ds.items.fingerprint() != result["fingerprint"]:
             raise InputError(f"{run}: the images in {result['data']} are not those that it was trained on")
         learn.path = run.folder
-        load_model(run / "models/last.pth", learn.model, None, with_opt=False)  # `learn.load` waits for all processes
+        load_model(run / "models/last.pth", learn.model, None, with_opt=False)  # `learn.load` is for all processes
         if not (run / "model.pkl").exists():
             export(learn, run / "model.pkl")
         if not pictures:
@@ -87,7 +87,7 @@ def draw_again(run: Run, device: str, pictures: bool = True) -> None:
 
 
 def save_first_images(evaluation: Evaluation, folder: Path) -> None:
-    """One validation image of each of the first classes as PNG, for `app.py` to offer: the first, whatever it shows."""
+    """Write the first validation image of each of the first classes as PNG, as examples for `app.py`."""
     folder.mkdir(exist_ok=True)
     for label in range(min(EXAMPLES, len(evaluation.table.classes))):
         image = evaluation.table[int((evaluation.labels == label).argmax())].image
@@ -96,8 +96,9 @@ def save_first_images(evaluation: Evaluation, folder: Path) -> None:
 
 
 def seed_curve(result: dict) -> list[float] | None:
-    """The mean accuracy in each epoch of the recipe `seed`, unchanged, on the same data, width and norm, if it is among
-    our results.
+    """The mean accuracy of the unchanged recipe `seed` in each epoch, on the same data, width and norm.
+
+    None if `results/` has no such run, or this is one.
     """
     if result["recipe"] == "seed":
         return None

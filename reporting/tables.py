@@ -7,13 +7,13 @@ import numpy as np
 
 
 def markdown_table(names: Sequence[str], rows: Iterable[Sequence]) -> str:
-    """The rows under the names of the columns."""
+    """The rows as a Markdown table, under the names of the columns."""
     lines = [names, ["---"] * len(names), *rows]
     return "\n".join(f"| {' | '.join(str(cell).replace('|', chr(92) + '|') for cell in row)} |" for row in lines)
 
 
 def runs_table(results: list[dict]) -> str:
-    """The accuracies of several runs in percent, a line each, and mean, standard deviation, minimum and maximum."""
+    """The accuracies of several runs in percent, one a line; then mean, standard deviation, minimum and maximum."""
     names = {"last_accuracy": "last epoch", "tta_accuracy": "with TTA"}
     names = {key: name for key, name in names.items() if results[0][key] is not None}
     columns = [np.array([100 * result[key] for result in results]) for key in names]

@@ -576,10 +576,10 @@ def test_bad_data(image_folder, refusal, spoil, expected, options):
         ),
         ("--out .. --recipe demo", "--out ..: the folder is not empty; name a new or an empty one"),
         ("--resume nowhere", "nowhere: not the folder of a run, no config.json"),
-        ("--resume nowhere --runs 2", "--runs 2: --resume nowhere goes on with one run; leave it out"),
+        ("--resume nowhere --runs 2", "--runs 2: --resume nowhere resumes one run; leave it out"),
         ("--resume=", "--resume '': name the folder of a run, or pass auto"),
         ("--resume auto", "--resume auto: pass --out RUN too"),
-        ("--resume nowhere --out there", "--out there: a resumed run goes on in its own folder; leave it out"),
+        ("--resume nowhere --out there", "--out there: a resumed run stays in its own folder; leave it out"),
     ],
 )
 def test_bad_options(refusal, arguments, expected):

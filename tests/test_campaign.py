@@ -33,14 +33,14 @@ def start(tmp_path):
 def test_stopped_it_goes_on_and_trains_nothing_twice(start, tmp_path):
     process = start("demo", "demo --lr 0.05")
     for line in process.stdout:
-        if "demo --lr 0.05" in line and "starts" in line:
+        if "demo --lr 0.05" in line and "started" in line:
             break
     children = [pid for pid in os.listdir("/proc") if pid.isdigit() and is_child(pid, process.pid)]
     assert [os.getpriority(os.PRIO_PROCESS, int(pid)) for pid in children] == [19]
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 143
-    assert errors == "campaign.py: stopped, with a checkpoint of each run; the same command goes on\n"
+    assert errors == "campaign.py: stopped, with a checkpoint of each run; the same command resumes them\n"
     assert not is_child(children[0], process.pid), "no run goes on behind it"
     (done,) = (tmp_path / "results").iterdir()
     before = done.stat().st_mtime_ns
@@ -56,7 +56,7 @@ def test_stopped_it_goes_on_and_trains_nothing_twice(start, tmp_path):
     assert done.stat().st_mtime_ns == before
     out, _ = start("demo", "demo --lr 0.05").communicate(timeout=60)
     assert "2 runs, 2 of them have ended" in out
-    assert "starts" not in out
+    assert "started" not in out
 
 
 def test_all_are_trained_with_one_seed_before_the_next(tmp_path):

@@ -131,7 +131,7 @@ def test_test_images_that_are_training_images_are_counted(image_folder, capsys):
     for name in ("copy1.png", "copy2.png"):
         (root / "test/dog" / name).write_bytes((root / "train/cat/000.png").read_bytes())
     load_images(root)
-    assert "warning: images: 2 of 6 test images are among the training images" in capsys.readouterr().err
+    assert "warning: images: 2 of 6 test images are also training images" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["a.tgz", "a.tar.gz", "a.tar.xz", "a.zip"])

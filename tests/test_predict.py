@@ -288,7 +288,7 @@ def test_folders_that_are_no_classes_are_named_before_the_work_starts(trained, r
     root = image_folder(classes=("7", "cat"))
     code, out, err = run(trained, root, "--eval")
     assert (code, out) == (2, "")
-    assert err == f"predict.py: error: {root}: --eval on training images flatters; pass {root}/test\n"
+    assert err == f"predict.py: error: {root}: --eval on training images is optimistic; pass {root}/test\n"
     (root / "test").rename(root / "val")
     assert run(trained, root, "--eval")[2].endswith(f"pass {root}/val\n")
     code, out, err = run(trained, root / "val", "--eval")

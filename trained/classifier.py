@@ -1,4 +1,4 @@
-"""A trained network as a function of pixels, and where in an image it saw what it says."""
+"""A trained network as a function of pixels, and Grad-CAM, which shows where in an image its answer comes from."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 @contextmanager
 def without_tf32() -> Iterator[None]:
-    """Within this a GPU convolves fp32 in full, as a CPU does; torch's default is TF32, good to three digits."""
-    cudnn = import_module("torch.backends.cudnn")  # spelled as usual, it could not go into an exported learner
+    """Within this, a GPU computes fp32 convolutions in full precision, where torch's default is TF32, with 3 digits."""
+    cudnn = import_module("torch.backends.cudnn")  # a usual import could not be pickled into an exported learner
     before, cudnn.allow_tf32 = cudnn.allow_tf32, False
     try:
         yield
@@ -28,9 +28,9 @@ def without_tf32() -> Iterator[None]:
 
 
 class Classifier(nn.Module):
-    """uint8 (N, 32, 32, 3), as a decoder makes them → logits (N, classes): a network and its normalisation.
+    """A network with its normalisation: decoded images, uint8 (N, 32, 32, 3) → logits (N, classes).
 
-    mean, std: of each channel in the range 0..1. Raises ValueError for another shape or type.
+    mean, std: of each channel, in the range 0..1. Raises ValueError for another shape or type.
     """
 
     def __init__(self, network: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]):
@@ -41,7 +41,7 @@ class Classifier(nn.Module):
             self.register_buffer(name, torch.tensor(value, device=device).view(3, 1, 1))
 
     def normalized(self, images: Tensor) -> Tensor:
-        """What the network takes, float (N, 3, 32, 32)."""
+        """The network's input, float (N, 3, 32, 32)."""
         if tuple(images.shape[1:]) != (SIZE, SIZE, 3) or images.dtype != torch.uint8:
             raise ValueError(
                 f"images are {tuple(images.shape)} {images.dtype}: they must be (N, {SIZE}, {SIZE}, 3) uint8"
@@ -53,13 +53,13 @@ class Classifier(nn.Module):
 
 
 def classifier_of(learn: "Learner") -> Classifier:
-    """The learner's network, in evaluation mode, with the normalisation of its loader; shares the weights."""
+    """The learner's network, in evaluation mode, with its loader's normalisation. Shares the weights."""
     normalize = learn.dls.valid.after_batch.normalize
     return Classifier(learn.model.eval(), *(t.flatten().tolist() for t in (normalize.mean, normalize.std)))
 
 
 def grad_cam(classifier: Classifier, images: np.ndarray, classes: np.ndarray) -> np.ndarray:
-    """Where uint8 (n, 32, 32, 3) `images` speak for `classes` (n,), as the last block sees it: (n, 32, 32), 0 to 1.
+    """Heat maps (n, 32, 32), 0 to 1: where uint8 (n, 32, 32, 3) `images` are evidence for `classes` (n,).
 
     Source: Selvaraju et al., "Grad-CAM" (2017), section 3.
     """
@@ -75,5 +75,5 @@ def grad_cam(classifier: Classifier, images: np.ndarray, classes: np.ndarray) ->
 
 
 def example_images() -> Tensor:
-    """What an export traces the network with."""
-    return torch.zeros(2, 32, 32, 3, dtype=torch.uint8)  # of one, torch would take the one for a constant
+    """Images to trace the network with."""
+    return torch.zeros(2, 32, 32, 3, dtype=torch.uint8)  # torch would take a batch size of one for a constant

@@ -1,4 +1,4 @@
-"""The device to compute on: chosen, checked, and how repeatable it is to be."""
+"""Choosing and checking the device to compute on, and its determinism."""
 
 import os
 
@@ -6,13 +6,13 @@ import torch
 
 from errors import InputError
 
-CUBLAS_WORKSPACE = ":4096:8"  # else cuBLAS may sum in a changing order
+CUBLAS_WORKSPACE = ":4096:8"  # without it, the order of sums in cuBLAS can change from run to run
 
 
 def get_device(name: str) -> torch.device:
-    """The torch device of that name, checked for being there; "auto" is the best one there is.
+    """The torch device of that name; "auto" is the best there is. Raises InputError if it does not exist.
 
-    Each of several processes on a machine has a GPU of its own, or all train on the CPU.
+    Each of several processes on a machine gets a GPU of its own, or all use the CPU.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         gpus, local_rank = torch.cuda.device_count(), int(os.environ["LOCAL_RANK"])
@@ -28,22 +28,22 @@ def get_device(name: str) -> torch.device:
         if name == "cuda":
             torch.cuda.set_device(local_rank)
 
-    if name == "auto":  # as fastai's `default_device`, whose import takes longer than torch's
+    if name == "auto":  # as fastai's `default_device`, which would take longer to import than torch
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device).item()  # "meta" can make it, but not say what is in it
-    except (RuntimeError, AssertionError):  # an unknown name, and a known one that this torch or machine lacks
+        torch.zeros(1, device=device).item()  # fails for "meta" as well
+    except (RuntimeError, AssertionError):  # an unknown name, or one that this torch or machine lacks
         names = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
         names += ["mps"] if torch.backends.mps.is_available() else []
         raise InputError(f"--device {name}: no such device here; this machine has {', '.join(names)}") from None
     if device.index is not None and device.type == "cuda":
-        torch.cuda.set_device(device)  # else what names no device, as pinned memory, takes a part of the first GPU
+        torch.cuda.set_device(device)  # else pinned memory, which names no device, would use the first GPU, too
     return torch.device("cuda", torch.cuda.current_device()) if name == "cuda" else device
 
 
 def check_device(name: str, deterministic: bool, sync_bn: bool, compiled: bool) -> torch.device:
-    """The device of that name, and what torch is to do there set. Raises InputError for what it cannot do there."""
+    """The device of that name, with torch's determinism set. Raises InputError for an option it does not support."""
     device = get_device(name)
     set_deterministic(deterministic, device)
     if sync_bn and device.type != "cuda":
@@ -54,21 +54,21 @@ def check_device(name: str, deterministic: bool, sync_bn: bool, compiled: bool) 
 
 
 def set_deterministic(on: bool, device: torch.device) -> None:
-    """Have torch use nothing that can give two results. On a CPU a training has no such thing.
+    """Make torch use deterministic algorithms only. On a CPU, training always does.
 
-    Raises InputError for a device on which torch cannot.
+    Raises InputError for a device on which torch lacks them.
     """
     if on and device.type == "mps":
         raise InputError("--deterministic: torch has no deterministic max-pooling on mps; leave it out")
     on = on and device.type == "cuda"
     if on:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", CUBLAS_WORKSPACE)  # before the first product: read once
-    if on != torch.are_deterministic_algorithms_enabled():  # the next line imports for more than a second
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", CUBLAS_WORKSPACE)  # cuBLAS reads it once, at its first product
+    if on != torch.are_deterministic_algorithms_enabled():  # the next line takes more than a second for imports
         torch.use_deterministic_algorithms(on)
 
 
 def check_compiler(device: torch.device) -> None:
-    """Raise InputError where torch.compile has no compiler for `device`."""
+    """Raise InputError if torch.compile does not work on `device`, for want of a compiler for example."""
     try:
         torch.compile(torch.exp)(torch.ones(1, device=device))
     except RuntimeError as e:

@@ -1,4 +1,4 @@
-"""model.pkl: the whole learner, with our code in it: a program, for fastai's `load_learner`."""
+"""model.pkl: the whole learner with our code in it, for fastai's `load_learner`. Loading it runs code."""
 
 import sys
 import warnings
@@ -17,9 +17,9 @@ OURS = ("aug", "data", "errors", "images", "interrupts", "loader", "model", "nam
 
 
 def carry_our_code() -> None:
-    """Let every later `learn.export()` of this process put our classes into the file, instead of their module's name.
+    """Make every later `learn.export()` of this process pickle our classes by value, so that the file carries our code.
 
-    They are stored as bytecode, so that the file wants the minor version of Python that wrote it.
+    The code is bytecode, so the file needs the minor version of Python that wrote it.
     """
     for name, module in list(sys.modules.items()):
         if name.partition(".")[0] in OURS:
@@ -31,7 +31,7 @@ def export(learn: Learner, path: Path) -> None:
     carry_our_code()
     home = learn.path
     try:
-        learn.path = Path(".")  # the folder's name on this machine is nobody's business
+        learn.path = Path(".")  # the file should not contain a path of this machine
         with complete(path.absolute()) as beside:
             learn.export(beside)
     finally:
@@ -39,8 +39,8 @@ def export(learn: Learner, path: Path) -> None:
 
 
 def load(path: Path, device: str) -> Model:
-    """The model in the file, on the device of that name; runs what its author put in it. Raises InputError."""
-    warnings.filterwarnings("ignore", message="load_learner` uses Python's insecure pickle")  # the README says so
+    """The model in the file, on the device of that name; runs code in the file. Raises InputError if it is not ours."""
+    warnings.filterwarnings("ignore", message="load_learner` uses Python's insecure pickle")  # as the README says
     on = get_device(device)
     try:
         learn = load_learner(path)

@@ -1,4 +1,4 @@
-"""Any file of a trained model, read by the reader of its kind."""
+"""Load a trained model from a file of any of its formats."""
 
 import os
 from collections.abc import Iterable
@@ -8,12 +8,12 @@ from pathlib import Path
 from errors import InputError
 from trained.predictor import Model
 
-# Imported when needed: the page and a Space have neither fastai nor onnxruntime.
+# Imported when needed: for the page and a Space, neither fastai nor onnxruntime has to be installed.
 LOADERS = {".safetensors": "safe_file", ".pkl": "learner_file", ".onnx": "onnx_file", ".pt2": "pt2_file"}
 
 
 def model_file(path: str | Path, kinds: Iterable[str] = tuple(LOADERS)) -> Path:
-    """The file itself, or the safe one in the folder of a run. Raises InputError where there is none of these kinds."""
+    """The file itself, or `model.safetensors` in a run's folder. Raises InputError if there is none of these kinds."""
     path = Path(os.path.expanduser(path))
     in_folder = os.path.isdir(path)
     file = path / "model.safetensors" if in_folder else path
@@ -28,7 +28,8 @@ def model_file(path: str | Path, kinds: Iterable[str] = tuple(LOADERS)) -> Path:
 def load_model(path: str | Path, device: str = "auto") -> Model:
     """The model in a file of any kind, or in the folder of a run.
 
-    A `.pkl` runs what its author put in it, and so may a `.pt2`. ONNX and pt2 files run on the CPU. Raises InputError.
+    Loading a `.pkl` runs code in it, and so may a `.pt2`. ONNX and pt2 files run on the CPU. Raises InputError for a
+    missing, damaged or foreign file, and for a device that does not exist.
     """
     file = model_file(path)
     return import_module(f"trained.{LOADERS[file.suffix]}").load(file, device)

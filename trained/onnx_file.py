@@ -1,4 +1,4 @@
-"""model.onnx, for onnxruntime and whatever else reads ONNX. Writing and reading it takes optional packages."""
+"""model.onnx, for onnxruntime and anything else that reads ONNX. Writing and reading it needs optional packages."""
 
 import json
 from importlib.util import find_spec
@@ -14,15 +14,15 @@ from trained.classifier import Classifier, example_images
 from trained.header import HEADER, check_header, foreign
 from trained.predictor import Model, cpu_only
 
-INTERFACE = ("images", "tensor(uint8)", [32, 32, 3], "tensor(float)")  # of our files: name, type and shape, and type
-SECONDS = 120  # for a batch; ours take one on two cores, and a stranger's may never end
-NO_LOG = 4  # but for what is fatal: what is wrong is said in one line
+INTERFACE = ("images", "tensor(uint8)", [32, 32, 3], "tensor(float)")  # our input's name, type, shape; output's type
+SECONDS = 120  # for a batch; ours takes one second on two cores, and an untrusted graph may never end
+NO_LOG = 4  # onnxruntime logs only what is fatal, as we report errors ourselves
 
 
 def save_onnx(classifier: Classifier, header: dict, path: Path) -> None:
     """Write the classifier as ONNX to `path`, complete or not at all: `images`, uint8 (n, 32, 32, 3) → `logits`.
 
-    header: travels in its metadata, as JSON.
+    header: goes into its metadata, as JSON. Raises InputError if a package is missing.
     """
     if missing := [name for name in ("onnx", "onnxscript") if find_spec(name) is None]:
         raise InputError(f"--to onnx: {missing[0]} is not installed; pip install -r requirements-onnx.txt")
@@ -36,7 +36,7 @@ def save_onnx(classifier: Classifier, header: dict, path: Path) -> None:
 
 
 def load(path: Path, device: str) -> Model:
-    """The model in the file. Raises InputError."""
+    """The model in the file. Raises InputError if it is not ours, onnxruntime is missing, or `device` is no CPU."""
     cpu_only(path, device)
     try:
         import onnxruntime
@@ -57,11 +57,11 @@ def load(path: Path, device: str) -> Model:
     def logits(images: np.ndarray) -> np.ndarray:
         options = onnxruntime.RunOptions()
         options.log_severity_level = NO_LOG
-        stop = Timer(SECONDS, setattr, (options, "terminate", True))  # onnxruntime looks at it before every operation
+        stop = Timer(SECONDS, setattr, (options, "terminate", True))  # onnxruntime checks it before every operation
         stop.start()
         try:
             return session.run(None, {"images": images}, options)[0]
-        except Exception as e:  # whatever a foreign graph ends in
+        except Exception as e:  # a foreign graph can fail in any way
             raise foreign(path, TimeoutError(f"no answer in {SECONDS} s") if options.terminate else e) from e
         finally:
             stop.cancel()

@@ -1,4 +1,4 @@
-"""A model from whichever file: its logits of uint8 pixels, and what there is to say of it."""
+"""A trained model from any file: its header, and its logits for uint8 pixels."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,15 +15,15 @@ from trained.classifier import without_tf32
 
 @dataclass(frozen=True)
 class Model:
-    """What there is to say of the network (`classes` at least), and its logits (n, classes) of uint8 (n, 32, 32, 3)."""
+    """header: the file's metadata, `classes` at least; logits: uint8 (n, 32, 32, 3) → float (n, classes)."""
 
     header: dict
     logits: Callable[[np.ndarray], np.ndarray]
 
     @classmethod
     def of_torch(cls, classifier: nn.Module, header: dict, device: torch.device) -> "Model":
-        """The model that `classifier` is, moved to `device`."""
-        classifier.to(device, memory_format=torch.channels_last)  # as the pixels lie
+        """`classifier` as a model, moved to `device`."""
+        classifier.to(device, memory_format=torch.channels_last)  # the layout of the pixels
 
         @torch.inference_mode()
         @without_tf32()
@@ -34,13 +34,13 @@ class Model:
 
     @property
     def classes(self) -> list[str]:
-        """Their names, in the order of the logits."""
+        """The names of the classes, in the order of the logits."""
         return self.header["classes"]
 
     def probabilities(self, images: np.ndarray, tta: bool = False) -> np.ndarray:
-        """Float (n, classes) of uint8 (n, 32, 32, 3); with `tta` each image counts together with its mirror image.
+        """uint8 (n, 32, 32, 3) → float (n, classes); with `tta`, logits are averaged with those of the mirror image.
 
-        Raises InputError where the network's answer is not a finite number for each class.
+        Raises InputError if the network's output is not a finite number for each class.
         """
         logits = self.logits(images)
         if tta:
@@ -51,6 +51,6 @@ class Model:
 
 
 def cpu_only(path: Path, device: str) -> None:
-    """Raise InputError where the device is another than the CPU."""
+    """Raise InputError for a device other than the CPU."""
     if device not in ("auto", "cpu"):
         raise InputError(f"--device {device}: a {path.suffix} file runs on the CPU; pass the run's model.safetensors")

@@ -12,14 +12,17 @@ from trained.predictor import Model, cpu_only
 
 
 def save_pt2(classifier: Classifier, header: dict, path: Path) -> None:
-    """Write the classifier as torch's exported program to `path`, complete or not at all; arguments as above."""
+    """Write the classifier as torch's exported program to `path`, complete or not at all.
+
+    It takes uint8 (n, 32, 32, 3) and returns logits. header: goes into the file, as JSON.
+    """
     program = torch.export.export(classifier, (example_images(),), dynamic_shapes=({0: torch.export.Dim("n")},))
     with complete(path) as beside:
         torch.export.save(program, beside, extra_files={HEADER: json.dumps(header)})
 
 
 def load(path: Path, device: str) -> Model:
-    """The model in the file, which may run what its author put in it. Raises InputError."""
+    """The model in the file; loading it can run code in it. Raises InputError if it is not ours."""
     cpu_only(path, device)
     extra = {HEADER: ""}
     try:

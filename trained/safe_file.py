@@ -1,4 +1,4 @@
-"""model.safetensors: weights as data, and a JSON header. Reading it runs nothing in it, and needs no fastai."""
+"""model.safetensors: weights as data, and a JSON header. Reading it runs no code from it, and needs no fastai."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def save_safetensors(learn: "Learner", path: Path, result: dict) -> None:
     """Write the weights and a JSON header to `path`, complete or not at all.
 
-    result: what `result.json` holds. From it come the network's arguments, the classes, the data and the accuracies.
+    result: the content of `result.json`, from which the header takes architecture, classes, data and accuracies.
     """
     mean, std = learn.dls.train_ds.items.train_stats()
     header = {
@@ -38,9 +38,9 @@ def save_safetensors(learn: "Learner", path: Path, result: dict) -> None:
 
 
 def save_half(classifier: Classifier, header: dict, path: Path) -> None:
-    """Write the classifier and its header to `path` with weights of 16 bits, in half the room.
+    """Write the classifier and its header to `path` with fp16 weights, in half the size.
 
-    Raises InputError for weights too large for that.
+    Raises InputError for weights too large for fp16.
     """
     tensors = {name: t.half() if t.is_floating_point() else t for name, t in classifier.network.state_dict().items()}
     if not all(t.isfinite().all() for t in tensors.values()):
@@ -51,20 +51,20 @@ def save_half(classifier: Classifier, header: dict, path: Path) -> None:
 def _write(tensors: dict[str, torch.Tensor], header: dict, path: Path) -> None:
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     with complete(path) as beside:
-        beside.write_bytes(save(tensors, {HEADER: json.dumps(header)}))  # of two keys the order would be chance
+        beside.write_bytes(save(tensors, {HEADER: json.dumps(header)}))  # several keys would come in a random order
 
 
 def load_safetensors(path: str | Path) -> tuple[Classifier, dict]:
     """The classifier on the CPU, in evaluation mode, and the header of a file that `save_safetensors` wrote.
 
-    Nothing in the file is executed. Raises InputError where it is damaged, or not one of ours.
+    No code in the file is run. Raises InputError if it is damaged, or not ours.
     """
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {})[HEADER])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no dict
         tensors = {name: t.float() if t.dtype == torch.float16 else t for name, t in tensors.items()}  # of `save_half`
-        with torch.device("meta"):  # takes no memory, whatever the header asks for; the weights are the file's own
+        with torch.device("meta"):  # allocates nothing, whatever the header asks for; the weights are the file's
             network = CustomResNet(**header["architecture"])
         types = {name: tensor.dtype for name, tensor in network.state_dict().items()}
         network.load_state_dict(tensors, assign=True)
@@ -78,13 +78,13 @@ def load_safetensors(path: str | Path) -> tuple[Classifier, dict]:
         mean, std = (header["normalization"][name] for name in ("mean", "std"))
     except OSError as e:
         raise InputError(f"{path}: cannot be read ({e.strerror or e})") from e
-    except Exception as e:  # whatever a foreign file makes of the readers and the network
+    except Exception as e:  # a foreign file can make the readers and the network raise anything
         raise foreign(path, e) from e
     return Classifier(network, mean, std).eval(), header
 
 
 def load(path: Path, device: str) -> Model:
-    """The model in the file, on the device of that name. Raises InputError."""
+    """The model in the file, on the device of that name. Raises InputError if either cannot be used."""
     on = get_device(device)
     classifier, header = load_safetensors(path)
     return Model.of_torch(classifier, header, on)

@@ -1,4 +1,4 @@
-"""An exponential moving average of the weights, which is what is tested and kept."""
+"""An exponential moving average of the weights, which is validated and kept in place of the trained weights."""
 
 from itertools import chain
 
@@ -8,16 +8,16 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from training.distributed import same_buffers
 
-EVERY = 5  # steps between two weights that are averaged
+EVERY = 5  # steps between two updates of the average
 
 
 class WeightAverage(Callback):
-    """Averages weights and norm statistics as they are trained; the network has them in validation and after the fit.
+    """Averages weights and norm statistics during training; validation, and the network after the fit, use the average.
 
-    decay: the part of the average that is kept at a step. Source: Page, "How to Train Your ResNet" (2019), part 8.
+    decay: the fraction of the average kept at a step. Source: Page, "How to Train Your ResNet" (2019), part 8.
     """
 
-    order = 80  # after what looks at an epoch's training; a checkpoint comes later, and keeps both
+    order = 80  # after callbacks that look at the trained weights; the checkpoint comes later and keeps both
 
     def __init__(self, decay: float):
         self.decay, self.average, self.trained, self.swapped = decay, None, False, False
@@ -43,7 +43,7 @@ class WeightAverage(Callback):
         self.trained = True
 
     def before_validate(self):
-        if self.trained:  # and not in a validation of its own, of a notebook for example
+        if self.trained:  # not when a notebook validates without training
             self._exchange(True)
             same_buffers(self.model)
 
@@ -52,13 +52,13 @@ class WeightAverage(Callback):
         self.average, self.trained = None, False
 
     def _update(self, average, weights, updates):
-        # Less is kept at first, as the weights that a training starts from are not worth keeping.
+        # A smaller decay at first, so that the average soon forgets the initial weights.
         n = int(self.average.n_averaged)  # on the CPU, where to read it waits for nothing
         decay = min(self.decay**EVERY, (1 + n) / (10 + n))
         get_ema_multi_avg_fn(decay)(average, weights, updates)
 
     def _exchange(self, swapped: bool) -> None:
-        """Give the network the average, or its own weights again; nothing is copied, and nothing rounded."""
+        """Swap the network's weights with the average, or back; nothing is copied or rounded."""
         if self.swapped != swapped and self.average.n_averaged:
             pairs = (chain(m.parameters(), m.buffers()) for m in (get_model(self.model), self.average.module))
             for ours, average in zip(*pairs, strict=True):

@@ -1,7 +1,7 @@
 """Callbacks: a recorder, a progress bar and CutMix that do not wait for a GPU, the plateau schedule, logging, TTA.
 
-A GPU works through a queue: whoever reads a loss waits until all that was queued before it is done, and the queue then
-runs empty. fastai's recorder and progress bar do so at every batch. Ours keep what they record and show.
+A GPU works through a queue: reading a loss waits for everything queued before it, and leaves the queue empty. fastai's
+recorder and progress bar read one at every batch. Ours record and show the same without that.
 """
 
 import sys
@@ -23,7 +23,7 @@ from training.precision import full_precision
 
 
 class SmoothLoss(AvgSmoothLoss):
-    """fastai's smoothed training loss, kept where the loss is."""
+    """fastai's smoothed training loss, kept on the device."""
 
     def accumulate(self, learn):
         self.count += 1
@@ -32,7 +32,7 @@ class SmoothLoss(AvgSmoothLoss):
 
 
 class LazyRecorder(Recorder):
-    """fastai's `Recorder`; the losses of an epoch leave the device together, when its training ends."""
+    """fastai's `Recorder`, but the losses of an epoch leave the device together, when its training part ends."""
 
     name = "recorder"
 
@@ -51,7 +51,7 @@ class LazyRecorder(Recorder):
         super().after_train()
         self._fetch()
 
-    def after_fit(self):  # an epoch that was cancelled has no after_train
+    def after_fit(self):  # a cancelled epoch has no after_train
         self._fetch()
 
     def plot_loss(self, *args, **kwargs):
@@ -65,7 +65,7 @@ class LazyRecorder(Recorder):
 
 
 class LazyProgress(ProgressCallback):
-    """fastai's `ProgressCallback`; the loss is read when the bar is drawn, five times a second, not at every batch."""
+    """fastai's `ProgressCallback`, but it reads the loss only when it draws the bar, five times a second."""
 
     name = "progress"
 
@@ -77,11 +77,11 @@ class LazyProgress(ProgressCallback):
     def after_fit(self):
         super().after_fit()
         if sys.stdout.isatty():
-            print("\r\x1b[K", end="", flush=True)  # the bar of a training that ends early stays, half full
+            print("\r\x1b[K", end="", flush=True)  # removes the half-full bar of a training that was stopped
 
 
 class LazyCutMix(CutMix):
-    """fastai's `CutMix` with the same draws; they stay on the CPU, where the edges of the square can be read."""
+    """fastai's `CutMix`, with the same draws made on the CPU: reading the square's edges waits for no device."""
 
     name = "cut_mix"
 
@@ -106,7 +106,7 @@ class LazyCutMix(CutMix):
 
 
 class ReduceLR(ReduceLROnPlateau):
-    """fastai's `ReduceLROnPlateau`, which a checkpoint keeps."""
+    """fastai's `ReduceLROnPlateau`, with a state for the checkpoint."""
 
     def state_dict(self) -> dict:
         return {"best": self.best, "wait": self.wait}
@@ -115,16 +115,16 @@ class ReduceLR(ReduceLROnPlateau):
         self.best, self.wait = state["best"], state["wait"]
 
     def after_epoch(self):
-        if self.recorder.values[-1]:  # none in an epoch that fastai skips, as it was done before a stop
+        if self.recorder.values[-1]:  # empty for an epoch that fastai skips, as a resumed run has done it before
             super().after_epoch()
 
 
 class CompiledTraining(Callback):
-    """Has torch compile the network for training alone: batches of one shape, one graph.
+    """Compiles the network with torch, for training only: batches of one shape, one graph.
 
-    Validation would be another graph, its last batch a third, and the figures at the end, in fp32, two more; to compile
-    one takes longer than to validate for many epochs. On MPS nothing is channels-last then: of a convolution's
-    backward pass torch expects other strides there than it has.
+    Validation would need a second graph, its last batch a third, and the final figures in fp32 two more, and compiling
+    a graph takes longer than many epochs of validation. On MPS the compiled network is not channels-last: torch
+    compiles a convolution's backward pass for other strides there than it gets.
     """
 
     order = ChannelsLast.order + 1
@@ -146,24 +146,24 @@ class CompiledTraining(Callback):
     def after_validate(self):
         torch.compiler.set_stance("default")
 
-    after_fit = after_validate  # a fit that is stopped while it validates
+    after_fit = after_validate  # for a fit that is stopped during validation
 
 
 class Mirror(Callback):
-    """Turns every image around, left to right."""
+    """Mirrors every image, left to right."""
 
     def before_batch(self):
         self.learn.xb = tuple(x.flip(-1) for x in self.xb)
 
 
 class BatchLog(Callback):
-    """Logs the loss and learning rate of every batch and the figures of every epoch, to "tensorboard" or "wandb".
+    """Logs loss and learning rate of every batch, and losses and accuracy of every epoch, to "tensorboard" or "wandb".
 
-    TensorBoard's files are in `folder`/tensorboard; a run of Weights & Biases has the folder's name and `config`. It
-    waits for the device at every batch. Raises InputError where Weights & Biases takes no log.
+    TensorBoard's files go to `folder`/tensorboard; a run of Weights & Biases gets the folder's name and `config`. Waits
+    for the device at every batch. Raises InputError if Weights & Biases cannot be started.
     """
 
-    order = Recorder.order + 1  # what it logs has just been recorded
+    order = Recorder.order + 1  # after the recorder has recorded what is logged
 
     def __init__(self, to: str, folder: Path, config: dict | None = None):
         if to == "tensorboard":
@@ -186,7 +186,7 @@ class BatchLog(Callback):
             self.write({"train_loss": float(self.smooth_loss), "lr": self.opt.hypers[-1]["lr"]}, self.train_iter)
 
     def after_epoch(self):
-        values = self.recorder.values[-1]  # none in an epoch that is skipped, as it was done before a stop
+        values = self.recorder.values[-1]  # empty for an epoch that fastai skips, as a resumed run has done it before
         self.write(dict(zip(self.recorder.metric_names[2:], values[1:], strict=False)), self.train_iter)
 
     def after_fit(self):
@@ -194,9 +194,9 @@ class BatchLog(Callback):
 
 
 def tta_accuracy(learn: Learner) -> float:
-    """Accuracy on the validation set, in fp32, of the logits averaged over each image and its mirror image.
+    """Accuracy on the validation set, in fp32, with logits averaged over each image and its mirror image.
 
-    fastai's `tta` averages over random augmentations instead. Source: Page's "bag of tricks", as "TTA".
+    fastai's `tta` averages over random augmentations instead. Source: Page, "How to Train Your ResNet" (2019), part 8.
     """
     with full_precision(learn):
         logits, targets = learn.get_preds(act=noop)

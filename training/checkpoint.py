@@ -1,4 +1,4 @@
-"""Stop and go on: checkpoints between epochs and at every stop, and a training that continues bit for bit."""
+"""Stop and resume: checkpoints between epochs and at every stop, from which training continues bit for bit."""
 
 import os
 import zipfile
@@ -20,33 +20,33 @@ from training.run import CHECKPOINTS
 
 NAME, BEFORE = CHECKPOINTS
 FORMAT = 3  # changes with what is in the file
-EVERY = 10  # seconds between two checkpoints: what has to be on the disk takes a tenth of a second
+EVERY = 10  # seconds between two checkpoints; to write one and flush it to the disk takes a tenth of a second
 STOPS = {1: ("after --max-minutes", 0), 129: ("by SIGHUP", 129), 130: ("by Ctrl-C", 130), 143: ("by SIGTERM", 143)}
 KEYS = {"format", "epoch", "batch", "pct_train", "model", "opt", "scaler", "callbacks", "random", "loader"}
 
 
 class Checkpoint(Callback):
-    """Writes `checkpoint.pth` between epochs and keeps the one before; goes on from `load_checkpoint`'s `state`.
+    """Writes `checkpoint.pth`, keeps the one before, and resumes from `state`, which `load_checkpoint` returned.
 
-    It does so after an epoch when ten seconds have passed since the last one, at a stop, and after the last epoch.
-    What `log` has of the best weights is on the disk before.
+    It writes one after an epoch if ten seconds have passed since the last, at a stop, and after the last epoch; the
+    best weights in `log` are written before it.
 
-    After `ask_to_stop`, which a signal handler may call, or when it has taken `max_minutes`, training ends with the
-    batch that is under way and a checkpoint; `stopped` then says where, `code` is that for the shell. Of several
-    processes all end with the same batch, whichever has been asked.
+    After `ask_to_stop`, which a signal handler may call, or after `max_minutes`, training ends after the current batch,
+    with a checkpoint; `stopped` then says where, and `code` is the exit code. Several processes all end after the same
+    batch, whichever of them was asked.
 
-    Weights, optimiser, gradient scaler, random generators, the loader's place in the epoch, and whatever callbacks with
-    a `state_dict` keep: on a CPU the rest of the training is, bit for bit, that of one which was never stopped.
+    A checkpoint has weights, optimiser, gradient scaler, random generators, the loader's place in the epoch, and the
+    state of every callback with a `state_dict`: on a CPU, a resumed run equals an uninterrupted one bit for bit.
     """
 
-    order = 90  # behind everything that is kept
+    order = 90  # after all callbacks whose state it keeps
 
     def __init__(self, log: RunLog, state: dict | None = None, max_minutes: float | None = None):
         self.log, self.state, self.requested, self.code, self.stopped = log, state, 0, 0, None
         self.deadline = None if max_minutes is None else perf_counter() + 60 * max_minutes
 
     def ask_to_stop(self, code: int) -> None:
-        """Stop after this batch; `code` is one of `STOPS`."""
+        """Stop after the current batch; `code` is one of `STOPS`."""
         self.requested = code
 
     def __str__(self) -> str:
@@ -56,7 +56,7 @@ class Checkpoint(Callback):
 
     @property
     def first_epoch(self) -> int:
-        """The epoch to begin with."""
+        """The epoch to start with, from 0."""
         return self.state["epoch"] if self.state else 0
 
     def before_fit(self):
@@ -77,7 +77,7 @@ class Checkpoint(Callback):
         if self.skipped:
             self.learn.pct_train = self.state["pct_train"]
         if self.state and self.epoch == self.first_epoch:
-            self.learn.train_iter = self.epoch * len(self.dls.train) + self.batch  # what a log counts
+            self.learn.train_iter = self.epoch * len(self.dls.train) + self.batch  # the step number in logs
 
     def after_batch(self):
         if self.training:
@@ -85,10 +85,10 @@ class Checkpoint(Callback):
         if not self.requested and self.deadline is not None and perf_counter() > self.deadline:
             self.requested = 1
         if not self.training and num_distrib() > 1:
-            return  # each has as many batches to test on as it happens to have
+            return  # the number of validation batches can differ between processes
         code = highest(self.requested)
         if code and not torch.isfinite(self.loss):
-            raise CancelFitException  # nothing to go on from
+            raise CancelFitException  # no checkpoint: it could not be resumed
         if code:
             why, self.code = STOPS[code]
             self.stopped = f"{why} in epoch {self.epoch + 1}, after {self.batch} of {len(self.dls.train)} batches"
@@ -97,18 +97,18 @@ class Checkpoint(Callback):
 
     def after_epoch(self):
         if self.epoch < self.first_epoch:
-            return  # done before a stop
+            return  # done before the stop
         last = self.epoch + 1 == self.n_epoch
         if highest(int(last or perf_counter() - self.written >= EVERY)):
             self._save(self.epoch + 1, 0)
 
     def after_fit(self):
         if not self.stopped and not self.log.failure and (code := highest(self.requested)) > 1:
-            why, self.code = STOPS[code]  # heard after the last batch
+            why, self.code = STOPS[code]  # asked after the last batch
             self.stopped = f"{why} after the last epoch"
 
     def _kept_callbacks(self) -> list[Callback]:
-        # Looked up in the class: what a callback lacks, fastai looks up in its learner.
+        # Looked up in the class, as fastai looks up a callback's missing attributes in the learner.
         return [cb for cb in self.learn.cbs if hasattr(type(cb), "state_dict")]
 
     def _save(self, epoch: int, batch: int) -> None:
@@ -138,42 +138,42 @@ class Checkpoint(Callback):
                 torch.save(state, file)
             to_disk(beside)
             if path.exists():
-                os.replace(path, self.path / BEFORE)  # which serves until the new one has its name
+                os.replace(path, self.path / BEFORE)  # to resume from until the new one has its name
 
 
 def _without_numpy(state: dict) -> dict:
-    """The optimiser's state; fastai's schedules leave numpy's numbers in it, which torch's safe reader refuses."""
+    """The optimiser's state without the numpy scalars of fastai's schedules, which torch's safe loader refuses."""
     for group in state["param_groups"]:
         group.update({name: value.item() for name, value in group.items() if isinstance(value, np.generic)})
     return state
 
 
 def _restore_generators(saved: dict) -> None:
-    """Random generators as they were; cuDNN's flags, which fastai keeps with them, stay those of this device."""
+    """Restore the random generators, but not cuDNN's flags, which fastai stores with them: those are the device's."""
     own, (name, keys, *rest) = get_random_states(), saved["numpy_state"]
     states = {**own, **{key: saved[key] for key in ("random_state", "torch_state")}}
     states["numpy_state"] = name, np.array(keys, dtype=np.uint32), *rest
-    states["torch_cuda_state"] = saved["torch_cuda_state"][: len(own["torch_cuda_state"])]  # a machine with fewer GPUs
+    states["torch_cuda_state"] = saved["torch_cuda_state"][: len(own["torch_cuda_state"])]  # perhaps fewer GPUs now
     set_random_states(**states)
 
 
 def load_checkpoint(run: Path, model: nn.Module) -> dict | None:
     """The state in the run's last checkpoint, None if there is none yet.
 
-    Raises InputError where it is damaged, or that of another network than `model`.
+    Raises InputError if it is damaged, or belongs to another network than `model`.
     """
-    for name, remedy in ((NAME, f"delete it to go on from the one before, {run / BEFORE}"), (BEFORE, "start anew")):
+    for name, remedy in ((NAME, f"delete it to resume from the one before, {run / BEFORE}"), (BEFORE, "start anew")):
         path = run / name
         if not path.exists():
             continue
         try:
-            with zipfile.ZipFile(path) as archive:  # torch's reader leaves out the checksums
+            with zipfile.ZipFile(path) as archive:  # torch.load does not verify the checksums
                 if bad := archive.testzip():
                     raise ValueError(f"wrong checksum of {bad}")
             state = torch.load(path, map_location="cpu", weights_only=True)
         except OSError:
-            raise  # the disk's fault, or the network's, and perhaps not for long
-        except Exception as e:  # whatever a damaged file makes of torch's reader
+            raise  # a fault of the disk, perhaps a temporary one
+        except Exception as e:  # a damaged file can make torch.load raise anything
             remedy = remedy if name == BEFORE or (run / BEFORE).exists() else "delete it to start anew"
             raise InputError(f"{path}: damaged, {remedy} ({f'{type(e).__name__} {e}'.splitlines()[0][:80]})") from e
         if not isinstance(state, dict) or state.get("format") != FORMAT or state.keys() != KEYS:

@@ -1,4 +1,4 @@
-"""What a run is, for `config.json` and for the reader: settings, data, device, code, versions; and what it came to."""
+"""Descriptions of a run, for `config.json` and for the terminal: settings, data, device, code, versions, result."""
 
 import os
 import platform
@@ -24,7 +24,7 @@ PACKAGES = ("fastai", "torch", "torchvision", "albumentations", "fastcore", "num
 
 
 def describe(learn: Learner, options: Options) -> dict:
-    """What goes into `config.json`: the options, what came of them, on what data, device, code and versions."""
+    """The content of `config.json`: settings, data, device, versions of code and packages, and the options."""
     device, table, settings = learn.dls.device, learn.dls.train_ds.items, options.settings()
     return {
         "recipe": options.recipe,
@@ -50,9 +50,9 @@ def describe(learn: Learner, options: Options) -> dict:
 
 
 def keep_threads(before: dict, device: torch.device) -> None:
-    """Compute with as many threads as the run was started with; say so where there are not as many cores.
+    """Use as many threads as the run was started with, or print a line if there are too few cores for that.
 
-    before: its `config.json`. Sums are rounded by how many threads share them.
+    before: its `config.json`. The rounding of sums depends on the number of threads.
     """
     threads, cores = before.get("threads"), len(os.sched_getaffinity(0))
     if (
@@ -68,7 +68,7 @@ def keep_threads(before: dict, device: torch.device) -> None:
 
 
 def processor() -> str:
-    """The name of the CPU, or its architecture where that is all there is, and its cores."""
+    """The CPU's name, or its architecture if nothing more is known, and its number of cores."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:  # not Linux
@@ -78,8 +78,9 @@ def processor() -> str:
 
 
 def code_version() -> dict:
-    """The git commit that this code is at, whether no tracked file differs from it, and the address that it was cloned
-    from, as a browser takes it; None where git knows none.
+    """The code's git commit, whether the tracked files are unchanged, and the web address of its origin.
+
+    Each is None if git does not know.
     """
     said = git("describe", "--always", "--abbrev=40", "--exclude=*", "--dirty")
     if said is None:
@@ -91,7 +92,7 @@ def code_version() -> dict:
 
 
 def git(*words: str) -> str | None:
-    """What git says of this code; None where it says nothing, as with an archive of the code instead of a clone."""
+    """The output of a git command in this project's folder; None if it fails, as it does outside of a clone."""
     words = ["git", "-C", str(Path(__file__).parents[1]), *words]
     try:
         return subprocess.run(words, capture_output=True, text=True, timeout=60, check=True).stdout.strip()
@@ -100,11 +101,10 @@ def git(*words: str) -> str | None:
 
 
 def few_batches(learn: Learner, options: Options) -> str | None:
-    """What to say, and what to pass instead, where an epoch has so few batches that a high learning rate destroys more
-    than the rest of the epochs can mend; else None.
+    """A warning for an epoch of so few batches that training cannot recover from its high learning rates; else None.
 
-    The learning rate is as much lower than the recipe's as the batch is smaller. Source: Goyal et al., "Accurate, Large
-    Minibatch SGD" (2017), section 2.1.
+    It names a smaller batch, and a learning rate scaled down with it. Source: Goyal et al., "Accurate, Large Minibatch
+    SGD" (2017), section 2.1.
     """
     batches, settings, recipe = len(learn.dls.train), options.settings(), RECIPES[options.recipe]
     bs = min(settings.bs, max(4, len(learn.dls.train_ds) // FEW))
@@ -116,9 +116,9 @@ def few_batches(learn: Learner, options: Options) -> str | None:
 
 
 def print_config(config: dict) -> None:
-    """One line a setting."""
+    """Print one line for each setting."""
     for name, value in config.items():
-        if name == "options":  # the same again
+        if name == "options":  # the settings once more
             continue
         if isinstance(value, dict):
             value = ", ".join(f"{k} {v}" for k, v in value.items())
@@ -128,7 +128,7 @@ def print_config(config: dict) -> None:
 
 
 def print_result(run: Run, options: Options, result: dict) -> None:
-    """The figures, and what to do next."""
+    """Print the accuracies, and commands for what to do next."""
     held_out = f"{options.valid_pct:.0%} of the training set" if options.valid == "holdout" else "here the test set"
     shown = "README.md with all pictures, " if (run / "README.md").exists() else ""
     files = f"{shown}history.csv, result.json, model.pkl and model.safetensors"

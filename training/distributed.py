@@ -1,7 +1,7 @@
-"""Several processes train one network: torch's `DistributedDataParallel`, with our loader's way to deal out a batch.
+"""Several processes train one network: torch's `DistributedDataParallel`, and our loader, which shards every batch.
 
-`torchrun` or `accelerate launch` starts the processes and numbers them, their ranks. Each has its share of every batch;
-gradients are averaged over all. Rank 0 alone prints, and reads and writes the run's folder.
+`torchrun` or `accelerate launch` starts the processes and gives each its rank. Every process trains on its share of
+each batch; gradients are averaged over all. Only rank 0 prints, and reads and writes the run's folder.
 """
 
 import os
@@ -24,14 +24,14 @@ from errors import InputError
 
 @contextmanager
 def joined() -> Iterator[None]:
-    """Join the processes that a launcher has started, if it has, for as long as this lasts; silence all but rank 0.
+    """Within this, the processes of a launcher, if there is one, form a group, and only rank 0 prints.
 
-    Raises InputError where they cannot be joined.
+    Raises InputError if they cannot reach each other.
     """
     if num_distrib() <= 1 or dist.is_initialized():
         yield
         return
-    try:  # what stays on the CPU goes through gloo, so that no process waits for its GPU
+    try:  # tensors on the CPU go through gloo, so that no process waits for its GPU
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     except (ValueError, RuntimeError) as e:
         raise InputError(f"WORLD_SIZE is {num_distrib()}, but the processes do not find each other: {e}") from e
@@ -43,7 +43,7 @@ def joined() -> Iterator[None]:
 
 
 def on_rank0(func: Callable, *args) -> Any:
-    """What `func(*args)` returns on rank 0, where alone it is called, or its InputError or OSError; all wait for it."""
+    """Call `func(*args)` on rank 0 alone; all processes return its result, or raise its InputError or OSError."""
     if num_distrib() <= 1:
         return func(*args)
     answer = [None, None]
@@ -59,14 +59,15 @@ def on_rank0(func: Callable, *args) -> Any:
 
 
 def is_rank0() -> bool:
-    """Whether this is the process that writes and prints; the others help with the training, and no more."""
+    """Whether this is the process that writes and prints."""
     return rank_distrib() == 0
 
 
 def in_turns(func: Callable) -> Any:
-    """What `func()` returns here. Rank 0 calls it first, then the first process of each machine, then the others.
+    """Call `func()` in every process: first on rank 0, then in the first process of each machine, then in the others.
 
-    So what it keeps on a disk is made once, be the disk shared or not. An InputError of one ends all.
+    So a file that it caches is written once, on a shared disk as well as on each machine's own. An InputError in one
+    process ends all.
     """
     if num_distrib() <= 1:
         return func()
@@ -78,7 +79,7 @@ def in_turns(func: Callable) -> Any:
                 result = func()
             except InputError as e:
                 error = e
-        failed = total(torch.tensor(error is not None, dtype=torch.uint8))  # nobody gets past this before all are here
+        failed = total(torch.tensor(error is not None, dtype=torch.uint8))  # a barrier, too
         if failed:
             raise error or InputError("another process of this training has failed, its own error is above")
     return result
@@ -86,7 +87,7 @@ def in_turns(func: Callable) -> Any:
 
 @contextmanager
 def own_folder(run: Path) -> Iterator[Path]:
-    """`run` for rank 0; for others a folder that goes away, for what fastai writes in every process."""
+    """`run` for rank 0, a temporary folder for the others, as fastai writes files in every process."""
     if rank_distrib() == 0:
         yield run
         return
@@ -95,7 +96,7 @@ def own_folder(run: Path) -> Iterator[Path]:
 
 
 def total(t: Tensor) -> Tensor:
-    """The sum of `t` over all processes."""
+    """The sum of `t` over all processes, for each of them."""
     if num_distrib() > 1:
         t = t.clone()
         dist.all_reduce(t)
@@ -103,7 +104,7 @@ def total(t: Tensor) -> Tensor:
 
 
 def highest(number: int) -> int:
-    """The highest number that any process names; each waits for all."""
+    """The maximum of `number` over all processes."""
     if num_distrib() <= 1:
         return number
     named = torch.tensor(number)
@@ -112,16 +113,16 @@ def highest(number: int) -> int:
 
 
 def same_buffers(model: nn.Module) -> None:
-    """Give all processes rank 0's buffers: batch norm's statistics."""
+    """Give all processes rank 0's buffers, the statistics of batch norm."""
     for buffer in model.buffers() if num_distrib() > 1 else ():
         dist.broadcast(buffer, 0)
 
 
 class AllRanks(Callback):
-    """Wraps the network in torch's `DistributedDataParallel`, deals out the batches, and adds up what is measured.
+    """Wraps the network in torch's `DistributedDataParallel`, shards the batches, and adds up losses and metrics.
 
-    fastai's `DistributedTrainer` has Accelerate do the first, which does more than that where its environment variables
-    say so: mixed precision of its own, in a wrapper that no file can hold.
+    fastai's `DistributedTrainer` leaves the first to Accelerate, which its environment variables can make do more:
+    mixed precision of its own, in a wrapper that cannot be pickled.
     """
 
     order = 11  # that of fastai's
@@ -133,16 +134,16 @@ class AllRanks(Callback):
         self.norms = [(name, m) for name, m in self.model.named_modules() if isinstance(m, nn.BatchNorm2d)]
         network = nn.SyncBatchNorm.convert_sync_batchnorm(self.model) if self.sync_bn else self.model
         self.learn.model = self.wrapped = DistributedDataParallel(network)
-        self.wrapped.broadcast_buffers = False  # those of batch norm, at every forward pass
+        self.wrapped.broadcast_buffers = False  # it would send batch norm's statistics at every forward pass
         for dl in self.dls.loaders:
             dl.deal(rank_distrib(), num_distrib())
 
     def after_backward(self):
-        # What ends a training early has to be the same everywhere. All have just waited for each other's gradients.
+        # The mean over all processes, so that a loss that is not finite ends them all. They are in step here anyway.
         self.learn.loss = total(self.loss.detach()) / num_distrib()
 
     def before_validate(self):
-        # Without the wrapper, as no two processes need have the same number of batches to test on
+        # Without the wrapper, as processes can differ in their number of validation batches
         self.learn.model = self.wrapped.module
         same_buffers(self.model)
 
@@ -162,10 +163,10 @@ class AllRanks(Callback):
 
 @contextmanager
 def all_ranks(learn: Learner, sync_bn: bool = False) -> Iterator[None]:
-    """Within this, `learn` trains in all processes as one; losses and metrics are those of all.
+    """Within this, `learn` trains one network in all processes; losses and metrics are over all of their images.
 
-    Batch norm is each process's own, as of a smaller batch, unless `sync_bn`, which torch has for GPUs alone. After a
-    training rank 0's statistics count.
+    Batch norm normalises within each process's share, unless `sync_bn`, which torch has for GPUs only. Rank 0's
+    statistics are the ones that are kept.
     """
     if num_distrib() <= 1:
         yield

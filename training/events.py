@@ -1,4 +1,4 @@
-"""A learner whose events cost what the callbacks that wait for them do."""
+"""A learner that calls, at each event of a batch, only the callbacks that handle it."""
 
 from fastai.callback.core import Callback, _inner_loop
 from fastai.learner import Learner
@@ -7,7 +7,7 @@ STEP = frozenset(_inner_loop)  # the events of a batch
 
 
 def answers(cb: Callback, event_name: str) -> bool:
-    """Whether a callback does anything at the event: it, or its class, defines the event, or how events are taken."""
+    """Whether a callback handles the event: it or its class defines it, or overrides how events are dispatched."""
     own = type(cb)
     if event_name in vars(cb) or hasattr(own, event_name):
         return True
@@ -15,10 +15,10 @@ def answers(cb: Callback, event_name: str) -> bool:
 
 
 class StepLearner(Learner):
-    """fastai's `Learner`; at the events of a batch it asks, in fastai's order, those callbacks that have an answer.
+    """fastai's `Learner`, but at the events of a batch it calls, in fastai's order, only callbacks that handle them.
 
-    fastai asks all of them, and those without an answer look for one in the learner and in the network, at eight events
-    a step: a millisecond of Python, for which a fast GPU waits.
+    fastai calls all of them, and those without a handler look for one in the learner and in the network, at eight
+    events a step: a millisecond of Python, for which a fast GPU waits.
     """
 
     def _call_one(self, event_name):
@@ -30,7 +30,7 @@ class StepLearner(Learner):
                 cb(event_name)
 
     def lr_find(self, *args, **kwargs):
-        """fastai's; training then begins with the epoch with which it would have begun."""
+        """fastai's `lr_find`; it does not count as an epoch of the loader, so that training is the same after it."""
         train = self.dls.train
         epoch = getattr(train, "epoch", None)
         try:

@@ -1,4 +1,4 @@
-"""What ends a training early from outside: faults of the machine and signals, in one line that says how to go on."""
+"""Faults of the machine and signals that end training early, as one line that says how to resume."""
 
 import errno
 import os
@@ -20,19 +20,19 @@ from training.run import Run
 REMEDIES = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room, then ")
 REMEDIES |= dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "see to it that it can be written, then ")
 
-# What torch says of a file that it cannot make or write, where fastai leaves the writing to it
+# Words in torch's errors about a file that it cannot create or write, where fastai has it write the file
 TORCH_FILES = ("inline_container", "iostream error", "cannot be opened", "Parent directory")
 
 
 def how_to_go_on(run: Path, **options) -> str:
-    """The command that goes on with `run`, where there is something to go on with."""
+    """The command that resumes `run`, if there is something to resume."""
     if not os.path.exists(run / "config.json"):  # unlike pathlib's, this raises nothing
         return "start again"
-    return "go on with: " + Options(resume=str(run)).command(max(1, num_distrib()), **options)
+    return "resume with: " + Options(resume=str(run)).command(max(1, num_distrib()), **options)
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:
-    """The error, what was being handled when it was raised, and so on: what cleans up behind one can fail, too."""
+    """The error, the one that was being handled when it was raised, and so on: clean-up code can fail, too."""
     while error:
         yield error
         error = error.__context__
@@ -40,7 +40,7 @@ def causes(error: BaseException) -> Iterator[BaseException]:
 
 @contextmanager
 def faults_explained(run: Path, bs: int) -> Iterator[None]:
-    """What the machine lacks, or a signal outside the fit, becomes one line, and how to go on."""
+    """Within this, faults of the machine, and signals outside the fit, become one line that says how to resume."""
     try:
         yield
     except Interrupted as e:
@@ -48,7 +48,7 @@ def faults_explained(run: Path, bs: int) -> Iterator[None]:
     except torch.OutOfMemoryError as e:
         raise InputError(f"the device has too little memory for batches of {bs}; try --bs {max(2, bs // 2)}") from e
     except OSError as e:
-        if e.errno is None:  # of a library that cannot read what it was given: a bug
+        if e.errno is None:  # not the system's: a library cannot read what we gave it, a bug
             raise
         remedy = REMEDIES.get(e.errno, "")
         raise InputError(f"{e.filename or run}: {e.strerror}; {remedy}{how_to_go_on(run)}") from e
@@ -67,7 +67,7 @@ def faults_explained(run: Path, bs: int) -> Iterator[None]:
 
 @contextmanager
 def rest_can_wait(run: Run) -> Iterator[None]:
-    """A fault of the disk becomes one line: what cannot be made again is on it."""
+    """Within this, a fault of the disk becomes one line: what is written here can be made again."""
     try:
         yield
     except OSError as e:
@@ -80,8 +80,8 @@ def rest_can_wait(run: Run) -> Iterator[None]:
 
 @contextmanager
 def stops_heard(ask: Callable[[int], None]) -> Iterator[None]:
-    """Call `ask` with 130 at Ctrl-C, 143 at SIGTERM, 129 at SIGHUP; a second Ctrl-C is an `Interrupted`."""
-    if threading.current_thread() is not threading.main_thread():  # only there Python delivers signals
+    """Within this, Ctrl-C calls `ask(130)`, SIGTERM `ask(143)`, SIGHUP `ask(129)`; a second Ctrl-C is `Interrupted`."""
+    if threading.current_thread() is not threading.main_thread():  # Python delivers signals to that one only
         yield
         return
     heard = []

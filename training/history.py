@@ -1,4 +1,4 @@
-"""What happened in every epoch: written down, printed, and on a CPU foretold."""
+"""The history of a run: a line for every epoch, `history.csv`, the best weights, and on a CPU a time estimate."""
 
 from math import isfinite
 from pathlib import Path
@@ -18,7 +18,7 @@ from training.distributed import total
 def save_weights(learn: Learner, name: str, weights: dict | None = None) -> Path:
     """`learn.save` to `models/NAME.pth`, complete or not at all; `learn.load(NAME)` reads it.
 
-    weights: others than those that the network has now.
+    weights: in place of the network's own.
     """
     path = learn.path / learn.model_dir / f"{name}.pth"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -28,14 +28,14 @@ def save_weights(learn: Learner, name: str, weights: dict | None = None) -> Path
 
 
 def say(learn: Learner, line: str) -> None:
-    """Print it, above fastai's bar if there is one."""
+    """Print a line, above fastai's progress bar if there is one."""
     (learn.progress.mbar.write if hasattr(learn, "progress") else print)(line)
 
 
 class Forecast(Callback):
-    """Says on a CPU, where it can be hours, how long the training will take: after its first batches."""
+    """Prints, after the first batches on a CPU, how long the training will take."""
 
-    warm_up, least = 2, 5  # batches that are slower than the others; then at least so many more, and seconds
+    warm_up, least = 2, 5  # batches to leave out, as they are slower; then the least number of batches, and of seconds
 
     def before_fit(self):
         self.times = []
@@ -57,12 +57,11 @@ class Forecast(Callback):
 
 
 class RunLog(TrackerCallback):
-    """Writes `history.csv` and one line after every epoch, above fastai's bar if any; keeps the best weights.
+    """Writes `history.csv` and prints a line after every epoch; keeps the best weights.
 
-    They are in `models/best.pth` when `write_best` has been called, and after the fit.
-    The training loss and accuracy are means over the epoch's augmented images, those of all processes; they stay on the
-    device until it ends.
-    Training stops after an epoch whose loss is not finite.
+    `write_best`, and the end of the fit, write them to `models/best.pth`. Training loss and accuracy are means over the
+    epoch's augmented images, of all processes; they stay on the device until the epoch ends. Training stops after an
+    epoch whose loss is not finite.
     """
 
     def __init__(self):
@@ -76,13 +75,13 @@ class RunLog(TrackerCallback):
         self.write_best()
 
     def write_best(self) -> None:
-        """Write the best weights, if there have been better ones since the last time."""
+        """Write the best weights, if they are better than those written last."""
         if self.best_weights is not None:
             save_weights(self.learn, "best", self.best_weights)
             self.best_weights = None
 
     def _failure(self) -> str | None:
-        """Where the training loss was no longer finite."""
+        """Where the training loss stopped being finite; None if it did not."""
         if not self.sums or torch.isfinite(losses := torch.stack(self.sums)[:, 0]).all():
             return None
         batch = int(torch.isfinite(losses).int().argmin())
@@ -90,7 +89,7 @@ class RunLog(TrackerCallback):
         return f"the training loss became {loss} in epoch {self.epoch + 1}, batch {batch + 1}, learning rate {lr:.3g}"
 
     def state_dict(self) -> dict:
-        """Epochs that are done, and the sums of the one that has been begun."""
+        """The epochs that are done, and the sums of the one under way."""
         done = {"history": self.history, "best": self.best, "best_epoch": self.best_epoch}
         if not self.sums:
             return done
@@ -104,7 +103,7 @@ class RunLog(TrackerCallback):
         self.history, self.best, self.best_epoch = state["history"], state["best"], state["best_epoch"]
         if "begun" in state:
             seconds, sums = state["begun"]
-            # Rank 0 goes on with what all have done; the number of processes may be another one now.
+            # These are the sums of all processes, and rank 0 keeps them: the number of processes may be another now.
             self.unfinished = seconds, list((sums if rank_distrib() == 0 else 0 * sums).to(self.dls.device))
 
     def before_train(self):
@@ -119,7 +118,7 @@ class RunLog(TrackerCallback):
 
     def after_epoch(self):
         if not self.recorder.values[-1]:
-            return  # an epoch that fastai skips, as it was done before a stop
+            return  # an epoch that fastai skips, as a resumed run has done it before
         super().after_epoch()
         *sums, images = self._totals().cpu().double().sum(0).tolist()
         loss, accuracy = (s / images for s in sums)
@@ -145,5 +144,5 @@ class RunLog(TrackerCallback):
             f"{row['valid_accuracy']:7.2%}   lr {row['lr']:.2e}   {row['seconds']:.1f} s",
         )
         if not isfinite(loss):
-            raise CancelFitException  # `train_fastai` says why: fastai wraps an error raised here in its own words
+            raise CancelFitException  # `train_fastai` reports it: fastai would reword an error raised here
         self.sums = []

@@ -37,8 +37,8 @@ def get_learner(
     """A plain fastai `Learner`: the recipe's network, loss and optimiser, channels-last, in mixed precision.
 
     `precision` is "fp32", "bf16", "fp16", or "auto" for the fastest that the device has. `kwargs` go to `Learner`;
-    callbacks among them come on top of these. Raises InputError for an unknown recipe, for one that whitens where the
-    loaders are not those of `get_dls`, and for a precision that the device lacks, ValueError for an unknown norm.
+    callbacks in them are added to the recipe's. Raises InputError for an unknown recipe, for one with whitening on
+    loaders that are not from `get_dls`, and for a precision that the device lacks, ValueError for an unknown norm.
     """
     carry_our_code()
     recipe = get_recipe(recipe)
@@ -49,7 +49,7 @@ def get_learner(
     precision = choose_precision(precision, device)
     cbs.append(MixedPrecision(precision))
     if device.type == "cuda":
-        # Batches have one shape: cuDNN tries its ways once and keeps the best, which is not always the same one.
+        # All batches have one shape, so cuDNN times its algorithms once. The winner can differ from run to run.
         torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
     settings = {
         "loss_func": CrossEntropyLossFlat(label_smoothing=recipe.label_smoothing),
@@ -64,7 +64,7 @@ def get_learner(
 
 
 def recipe_callbacks(recipe: Recipe, dls: DataLoaders, model: CustomResNet) -> list[Callback]:
-    """What the recipe wants done beside fastai's training; `model` is new."""
+    """The callbacks of the recipe's tricks; `model` is a new one."""
     cbs = []
     if recipe.cutmix:
         cbs.append(LazyCutMix(recipe.cutmix))
@@ -77,7 +77,7 @@ def recipe_callbacks(recipe: Recipe, dls: DataLoaders, model: CustomResNet) -> l
 
 
 def optimizer(recipe: Recipe, model: CustomResNet, precision: str) -> dict:
-    """The recipe's SGD and its groups of parameters, as `Learner` takes them."""
+    """The recipe's optimiser and parameter groups, as `Learner`'s arguments `opt_func` and `splitter`."""
     opt_func = partial(SGD, momentum=recipe.momentum, nesterov=recipe.nesterov)
     if recipe.muon:
         opt_func = partial(opt_func, muon=recipe.muon, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
@@ -86,7 +86,7 @@ def optimizer(recipe: Recipe, model: CustomResNet, precision: str) -> dict:
     if recipe.norm_bias_lr == 1:
         return {"opt_func": opt_func, "splitter": body_and_head}
     for norm in norms(model):
-        norm.weight.requires_grad_(False)  # the convolution behind can scale, too, and the biases can be fast
+        norm.weight.requires_grad_(False)  # the next convolution can scale as well, and the biases can learn fast
     return {"opt_func": partial(opt_func, lr_scales=(recipe.norm_bias_lr, 1.0, 1.0)), "splitter": norm_biases_apart}
 
 

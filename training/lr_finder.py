@@ -1,4 +1,4 @@
-"""The learning-rate range test: fastai's `lr_find`, with nothing disturbed, its suggestions kept, and one of our own.
+"""The learning-rate range test: fastai's `lr_find` without side effects, with its suggestions and one of our own.
 
 Source: Smith, "Cyclical Learning Rates for Training Neural Networks" (2017), section 3.3.
 """
@@ -32,9 +32,9 @@ SECONDS = 10  # between two lines that say how far the test is
 
 @dataclass(frozen=True)
 class RangeTest:
-    """Learning rates tried, the training loss at each, plain and smoothed by fastai, and what each method suggests.
+    """The learning rates tried, the loss of the batch at each, fastai's smoothed loss, and each method's suggestion.
 
-    None means that a method has no answer.
+    A suggestion is None if the method has none.
     """
 
     lrs: list[float]
@@ -44,16 +44,16 @@ class RangeTest:
 
     @property
     def default(self) -> str:
-        """The method whose suggestion counts."""
+        """The name of the method whose suggestion is used."""
         return default_method(self.suggestions)
 
     @property
     def suggestion(self) -> float | None:
-        """The default method's learning rate."""
+        """The learning rate that it suggests."""
         return self.suggestions[self.default]
 
     def loss_at(self, lr: float) -> float:
-        """The smoothed loss at the tried learning rate that is nearest to `lr`."""
+        """The smoothed loss at the tried learning rate nearest to `lr`."""
         return min(zip(self.lrs, self.losses, strict=True), key=lambda point: abs(point[0] - lr))[1]
 
     def __str__(self) -> str:
@@ -61,7 +61,7 @@ class RangeTest:
 
     @classmethod
     def load(cls, folder: Path) -> "RangeTest | None":
-        """What `save` wrote there, if it did. Raises InputError where it is damaged."""
+        """The test that `save` wrote there; None if there is none. Raises InputError if it is damaged."""
         path = folder / "lr_find.json"
         try:
             suggestions = json.loads(path.read_text())["suggestions"]
@@ -87,11 +87,12 @@ class RangeTest:
 
 
 class BatchLosses(Callback):
-    """Keeps the loss of every batch; fastai's recorder keeps a mean over some fifty. Now and then, where there is no
-    bar, a line says how far the test is.
+    """Keeps the loss of every batch, where fastai's recorder keeps a mean over some fifty.
+
+    Without a progress bar, prints now and then how far the test is.
     """
 
-    order = -10  # before those that end the test
+    order = -10  # before the callbacks that end the test
 
     def __init__(self, steps: int):
         self.steps, self.losses, self.said = steps, [], perf_counter()
@@ -104,28 +105,28 @@ class BatchLosses(Callback):
 
 
 def default_method(suggestions: dict[str, float | None]) -> str:
-    """The method whose suggestion counts: "edge" where there is one."""
+    """The method whose suggestion is used: "edge" if it has one, else "minimum"."""
     return "edge" if suggestions["edge"] else "minimum"
 
 
 def edge(lrs: list[float], batch_losses: list[float]) -> float | None:
-    """Half the learning rate at which training gets unstable, None where it does not.
+    """Half the learning rate at which training becomes unstable, None if it does not.
 
-    It does when the loss, a mean of four batches, has climbed back by half of what it had fallen. The smoothed loss
-    that fastai's rules look at hides such a climb; `results/README.md` has what training makes of either.
+    It is unstable when the loss, averaged over four batches, has risen by half of what it had fallen. fastai's rules
+    look at a smoothed loss that hides such a rise; `results/README.md` compares the suggestions.
     """
     losses = np.nan_to_num(np.array(batch_losses, dtype=float), nan=np.inf)
     if len(losses) < 2 * WINDOW:
         return None
     means = np.convolve(losses, np.full(WINDOW, 1 / WINDOW), "valid")
     start, lowest = means[0], np.minimum.accumulate(means)
-    unstable = (means - lowest > (start - lowest) / 2) & (lowest < 0.9 * start)  # before that, noise would be enough
+    unstable = (means - lowest > (start - lowest) / 2) & (lowest < 0.9 * start)  # a smaller fall could be noise
     return float(lrs[WINDOW - 1 :][unstable.argmax()]) / 2 if unstable.any() else None
 
 
 @contextmanager
 def undisturbed(learn: Learner) -> Iterator[None]:
-    """On leaving, weights, batch-norm statistics, optimiser and every random generator are as they were on entering."""
+    """After this, weights, batch-norm statistics, optimiser and all random generators are as they were before it."""
     loaders = [(dl, dl.rng.getstate(), getattr(dl, "epoch", None)) for dl in learn.dls.loaders]
     states, model = get_random_states(), deepcopy(learn.model.state_dict())
     opt = None if learn.opt is None else deepcopy(learn.opt.state_dict())
@@ -145,31 +146,31 @@ def undisturbed(learn: Learner) -> Iterator[None]:
 
 
 def range_test(learn: Learner, start_lr: float = 1e-5, end_lr: float = 10, steps: int = 100) -> RangeTest:
-    """Train for at most `steps` batches while the learning rate grows from `start_lr` to `end_lr`, then undo it all.
+    """Train for at most `steps` batches while the learning rate grows from `start_lr` to `end_lr`, then undo it.
 
-    Ends early when the loss diverges or is no longer finite. Works with any number of batches in the loader.
+    Ends early if the loss diverges or is not finite. Works with any number of batches in the loader.
     """
     batches = BatchLosses(steps)
     print(f"range test   at most {steps} batches, from a learning rate of {start_lr:g} to {end_lr:g}")
     with undisturbed(learn), learn.added_cbs([TerminateOnNaNCallback(), batches]):
         learn.lr_find(start_lr=start_lr, end_lr=end_lr, num_it=steps, show_plot=False, suggest_funcs=None)
         if rank_distrib():
-            distrib_barrier()  # rank 0 waits for the others as it loads the weights that fastai kept
+            distrib_barrier()  # for rank 0, which waits in `learn.load`
         lrs, losses = list(learn.recorder.lrs), [float(loss) for loss in learn.recorder.losses]
         batch_losses = [float(loss) for loss in batches.losses[: len(lrs)]]
         muon = isinstance(getattr(learn.opt, "opt", None), Muon)
-    # Muon's steps are stable far beyond the learning rate that is best: there is no edge to suggest one by.
+    # Muon's steps are stable far beyond the best learning rate, so that an edge would say nothing about it.
     suggestions = {"edge": None if muon else edge(lrs, batch_losses)}
     keep = [i for i, loss in enumerate(losses) if isfinite(loss)]
     lrs, batch_losses, losses = ([values[i] for i in keep] for values in (lrs, batch_losses, losses))
-    # fastai's own cut: the first tenth is the smoothed loss warming up, the last five points are the divergence.
+    # fastai's own cut: in the first tenth the smoothed loss warms up, in the last five points it diverges.
     cut = slice(steps // 10, -5)
     suggestions |= {name: _suggest(name, lrs[cut], losses[cut], steps) for name in METHODS[1:]}
     return RangeTest(lrs, batch_losses, losses, suggestions)
 
 
 def _suggest(name: str, lrs: list[float], losses: list[float], steps: int) -> float | None:
-    """One of fastai's suggestions, or None where the curve is too short for it."""
+    """One of fastai's suggestions, None if the curve is too short for it."""
     try:
         lr, _ = getattr(SuggestionMethod, name.capitalize())(torch.tensor(lrs), torch.tensor(losses), steps)
     except (IndexError, ValueError, RuntimeError):

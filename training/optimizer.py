@@ -1,6 +1,6 @@
-"""torch's SGD in fastai's clothes: its hyper-parameters can be set from wherever fastai sets them, group by group.
+"""torch's SGD as a fastai optimiser whose hyper-parameters can be set, group by group, wherever fastai sets them.
 
-Muon is one for the convolutions.
+With it, Muon for the convolutions.
 """
 
 from collections.abc import Iterator, MutableMapping
@@ -15,10 +15,10 @@ NAMES = {"lr": "lr", "mom": "momentum", "wd": "weight_decay"}  # fastai's, torch
 
 
 class Hypers(MutableMapping):
-    """One parameter group's `lr`, `mom` and `wd`, read and written where torch keeps them.
+    """One parameter group's `lr`, `mom` and `wd`, read from and written to torch's parameter group.
 
-    A group's `lr_scale` multiplies its learning rate and divides its weight decay; here both are without it, so that
-    one number suits all groups.
+    A group's `lr_scale` multiplies its learning rate and divides its weight decay. The values here are without it, so
+    that one number fits all groups.
     """
 
     def __init__(self, group: dict):
@@ -43,10 +43,10 @@ class Hypers(MutableMapping):
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
-    """(m, n) with m <= n → the same singular vectors, with singular values from 0.7 to 1.2, those next to 0 apart.
+    """(m, n) with m <= n → a matrix with the same singular vectors and all singular values, but those near 0, near 1.
 
-    Five steps of a Newton-Schulz iteration whose polynomial is steep at 0. Source: Jordan, "Muon: An optimizer for
-    hidden layers in neural networks" (2024).
+    Five steps of a Newton-Schulz iteration whose polynomial is steep at 0: what is not near 0 ends between 0.7 and 1.2.
+    Source: Jordan, "Muon: An optimizer for hidden layers in neural networks" (2024).
     """
     x = matrix / (matrix.norm() + 1e-7)  # no singular value is above 1
     for _ in range(5):
@@ -56,11 +56,12 @@ def orthogonal(matrix: Tensor) -> Tensor:
 
 
 class Muon(torch.optim.SGD):
-    """torch's SGD, but for the weights of convolutions, the one that reads the image apart.
+    """Muon for the weights of all convolutions but the one that reads the image, and torch's SGD for all else.
 
-    Their momentum is made orthogonal, so that a step changes each direction of a layer as much as any other, and they
-    keep the norm that such a step has: the norm layer behind them makes their scale immaterial, and weight decay with
-    it. torch's Muon takes matrices alone. `scale` multiplies their learning rate, and `dtype` is what is computed in.
+    A convolution's step is its momentum made orthogonal, which changes every direction of the layer equally. Its
+    weights are rescaled to a fixed norm before each step instead of decayed: the norm layer behind them cancels their
+    scale. `scale` multiplies their learning rate; `dtype` is that of the orthogonalisation. torch's own Muon takes
+    matrices only.
     """
 
     dtype = torch.float32
@@ -78,7 +79,7 @@ class Muon(torch.optim.SGD):
         for group, p in convs:
             if p.grad is not None:  # it is not frozen
                 self._step(p, group["lr"] * group["muon"], group["momentum"], group["nesterov"])
-                p.grad = None  # so that SGD passes it by
+                p.grad = None  # so that SGD skips it
         loss = super().step(closure)
         for (_, p), grad in zip(convs, grads, strict=True):
             p.grad = grad
@@ -95,11 +96,11 @@ class Muon(torch.optim.SGD):
 
 
 class SGD(OptimWrapper):
-    """torch's SGD, which has the Nesterov momentum that fastai's lacks and takes all parameters at once.
+    """torch's SGD, which has the Nesterov momentum that fastai's lacks, and updates all parameters at once.
 
-    fastai's own wrapper hands out copies of the hyper-parameters, so that what a callback writes there is lost, and
-    among them torch's switches, which no log takes for numbers. `fused` has a device take a step in one go; `muon`, if
-    it is not 0, has convolutions take Muon's steps, at so many times the learning rate, computed in `dtype`.
+    fastai's own wrapper returns copies of the hyper-parameters, so that a callback's changes are lost, and includes
+    torch's switches, which loggers cannot take for numbers. `fused` updates all parameters in one kernel. `muon`, if
+    not 0, trains the convolutions by Muon at that multiple of the learning rate, computed in `dtype`.
     """
 
     def __init__(
@@ -133,12 +134,12 @@ def norms(model: nn.Module) -> list[nn.Module]:
 
 
 def body_and_head(model: nn.Module) -> list[list[nn.Parameter]]:
-    """fastai's splitter for `freeze` and for rates that differ: all that comes before the classifier, and that."""
+    """fastai's splitter, for `freeze` and discriminative learning rates: the body, and the classifier."""
     return [params(model.body), params(model.head)]
 
 
 def norm_biases_apart(model: nn.Module) -> list[list[nn.Parameter]]:
-    """`body_and_head`, with the biases of norms as a group before them, and the scales of norms in none."""
+    """The biases of norms as a group of their own, before `body_and_head` without them; norm scales are in none."""
     biases = [norm.bias for norm in norms(model)]
     apart = {id(p) for norm in norms(model) for p in (norm.bias, norm.weight)}
     return [biases, *([p for p in group if id(p) not in apart] for group in body_and_head(model))]

@@ -1,4 +1,4 @@
-"""The floating-point precision in which a learner computes, on any device: fp32, or a faster one mixed with it."""
+"""The floating-point precision of a learner, on any device: fp32, or mixed precision with bf16 or fp16."""
 
 import warnings
 from collections.abc import Iterator
@@ -15,23 +15,23 @@ from trained.classifier import without_tf32
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-# Processors that multiply bf16 numbers, by the names in `torch.cpu.get_capabilities`; the last is ARM's
+# CPU features for bf16 products, by their names in `torch.cpu.get_capabilities`; the last is ARM's
 BF16 = ("amx_bf16", "avx512_bf16", "bf16")
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Whether the device computes in bf16; torch would emulate it on others, which is slower than fp32."""
+    """Whether the device has bf16 arithmetic; elsewhere torch emulates it, which is slower than fp32."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)  # Ampere; Volta and Turing emulate it
     if device.type != "cpu":
         return False
     if hasattr(torch.cpu, "get_capabilities"):
         return any(torch.cpu.get_capabilities().get(name) for name in BF16)
-    return torch.cpu._is_avx512_bf16_supported()  # older torch; what has AMX has this too
+    return torch.cpu._is_avx512_bf16_supported()  # older torch; a CPU with AMX has this, too
 
 
 def obstacle(precision: str, device: torch.device) -> str | None:
-    """Why `device` should not compute in `precision`, None where it should."""
+    """Why `device` should not compute in `precision`, None if it can."""
     if precision == "fp16" and device.type != "cuda":
         return f"fp16 on {device.type} is far slower than fp32"
     if precision == "bf16" and not has_bf16(device):
@@ -40,7 +40,7 @@ def obstacle(precision: str, device: torch.device) -> str | None:
 
 
 def choose_precision(precision: str, device: torch.device) -> str:
-    """The precision itself, checked; for "auto" the fastest that the device has. Raises InputError."""
+    """The precision, or for "auto" the fastest that the device has. Raises InputError if the device lacks it."""
     if precision == "auto":
         return "bf16" if has_bf16(device) else "fp16" if device.type == "cuda" else "fp32"
     if precision not in PRECISIONS:
@@ -51,14 +51,14 @@ def choose_precision(precision: str, device: torch.device) -> str:
 
 
 class MixedPrecision(fp16.MixedPrecision):
-    """fastai's `MixedPrecision`, which is for CUDA alone, for every device; and for fp32, then on a GPU without TF32.
+    """fastai's `MixedPrecision`, which works on CUDA only, for every device; and fp32, which on a GPU is without TF32.
 
-    A second one, of `learn.to_fp16()` for example, leaves with a warning and hands its precision over if the device has
-    it. A pickled learner computes in fp32.
+    A second one, added by `learn.to_fp16()` for example, is removed with a warning; its precision is taken over if the
+    device has it. A pickled learner computes in fp32.
     """
 
-    order = fp16.MixedPrecision.order - 1  # meets fastai's before that begins
-    name = "autocast"  # where a learner has `mixed_precision`, fastai's TensorBoardCallback refuses to draw the network
+    order = fp16.MixedPrecision.order - 1  # before fastai's, to remove it in time
+    name = "autocast"  # with a `mixed_precision`, fastai's TensorBoardCallback refuses to draw the network
 
     def __init__(self, precision: str):
         self.precision, self.kwargs, self.contexts, self.fused = precision, {}, ExitStack(), None
@@ -67,14 +67,14 @@ class MixedPrecision(fp16.MixedPrecision):
         return {**self.__dict__, "precision": "fp32", "contexts": ExitStack()}
 
     def before_fit(self):
-        device = torch.device(self.dls.device)  # which `dls.to` may have left a name
-        if why := obstacle(self.precision, device):  # the learner has come from another device
+        device = torch.device(self.dls.device)  # after `dls.to` it can be a string
+        if why := obstacle(self.precision, device):  # the learner has been moved to another device
             warnings.warn(f"{why}: now in fp32", stacklevel=2)
             self.precision = "fp32"
         for other in [cb for cb in self.learn.cbs if isinstance(cb, fp16.MixedPrecision) and cb is not self]:
             wanted = getattr(other, "precision", None) or other.amp_mode.value
             self.kwargs |= other.kwargs
-            other.run = False  # also of this event, which is on its way to it
+            other.run = False  # the current event is still to reach it
             self.learn.remove_cb(other)
             self.learn.autocast = self
             if wanted != self.precision:
@@ -82,14 +82,14 @@ class MixedPrecision(fp16.MixedPrecision):
                 warnings.warn(f"{why}: still in {self.precision}" if why else f"now in {wanted}, not {self.precision}",
                               stacklevel=2)  # fmt: skip
                 self.precision = self.precision if why else wanted
-        self.contexts.close()  # of a fit that was interrupted in a batch
+        self.contexts.close()  # left open by a fit that was interrupted within a batch
         settings = {**self.kwargs, "enabled": self.precision == "fp16"}  # the others have the range of fp32
         self.learn.scaler, self.scales = GradScaler(device.type, **settings), L()
         self.fused = getattr(self.opt, "opt", None) if settings["enabled"] else None
         if not getattr(self.fused, "_step_supports_amp_scaling", False):
             self.fused = None
         for p in (p for group in self.fused.param_groups for p in group["params"]) if self.fused else ():
-            # A first step that is left out would leave them as they were allocated.
+            # If the first step overflows and is skipped, the fused optimiser would leave them uninitialised.
             self.fused.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
 
     def before_batch(self):
@@ -98,13 +98,13 @@ class MixedPrecision(fp16.MixedPrecision):
 
     def after_loss(self):
         if self.precision in DTYPES:
-            self.contexts.close()  # the backward pass takes the types of the forward pass by itself
+            self.contexts.close()  # the backward pass uses the types of the forward pass by itself
 
     def before_step(self):
         if self.fused is None:
             super().before_step()
             return
-        # fastai's would read whether gradients have overflowed; this optimiser looks by itself, on the device.
+        # fastai would read from the device whether gradients overflowed; a fused optimiser checks there by itself.
         self.scaler.unscale_(self.fused)
         self.fused.found_inf = sum(self.scaler._found_inf_per_device(self.fused).values())
 
@@ -122,7 +122,7 @@ class MixedPrecision(fp16.MixedPrecision):
 
 @contextmanager
 def full_precision(learn: Learner) -> Iterator[None]:
-    """Within this, `learn` computes as its files do: in fp32."""
+    """Within this, `learn` computes in fp32, as its exported files do."""
     mixed = learn.cbs.filter(lambda cb: isinstance(cb, fp16.MixedPrecision))
     with learn.removed_cbs(mixed), learn.added_cbs(MixedPrecision("fp32")):
         yield

@@ -1,4 +1,4 @@
-"""The run folder: what its files are called, and what can be read from it. Imports nothing that takes long."""
+"""The run folder: the names of its files, reading and writing them. Imports nothing slow."""
 
 import json
 import os
@@ -16,11 +16,11 @@ CHECKPOINTS = ("checkpoint.pth", "checkpoint-before.pth")
 
 
 def check_out(out: str | None) -> None:
-    """Raise InputError if `out` cannot become a run folder; looked at before the work starts."""
+    """Raise InputError if `out` cannot become a run folder."""
     if out is None:
         return
     path = Path(out)
-    # Of a name that is too long, pathlib's is_dir raises; what a killed process left is nothing.
+    # pathlib's is_dir raises for a name that is too long. What a killed process left does not count.
     if os.path.isdir(path) and set(path.iterdir()) - {path / LOCK, *leftovers(path)}:
         raise InputError(f"--out {out}: the folder is not empty; name a new or an empty one")
     if os.path.exists(path) and not os.path.isdir(path):
@@ -28,9 +28,9 @@ def check_out(out: str | None) -> None:
 
 
 def new_run_folder(recipe: str, out: str | None = None, parent: str = "runs") -> Path:
-    """Make `out`, or the next free `runs/NNN-recipe`. Raises InputError where that cannot be.
+    """Make `out`, or the next free `runs/NNN-recipe`. Raises InputError if it cannot be made.
 
-    What is in `out` is looked at again once it is held: another process can have made it in the meantime.
+    The caller checks what is in `out` again once it has locked it, as another process may have used it meanwhile.
     """
     try:
         if out is not None:
@@ -45,14 +45,14 @@ def new_run_folder(recipe: str, out: str | None = None, parent: str = "runs") ->
                 folder.mkdir()
                 to_disk(folder.parent)
                 return folder
-            except FileExistsError:  # another run took the number in the meantime
+            except FileExistsError:  # another run has just taken the number
                 continue
     except OSError as e:
         raise InputError(f"{e.filename}: the run folder cannot be made here ({e.strerror}); pass --out PATH") from e
 
 
 def open_run(folder: Path | None, options: Options, config: dict) -> Path:
-    """The folder to go on in, or a new one. Raises InputError where it was started with other settings or images."""
+    """The folder to resume in, or a new one. Raises InputError if it was started with other settings or images."""
     if folder is None:
         return new_run_folder(options.recipe, options.out)
     Run(folder).check_same(config)
@@ -73,30 +73,30 @@ class Run:
 
     @property
     def ended(self) -> bool:
-        """Whether it has a result, which is written last."""
+        """Whether it has a result, which training writes last."""
         return (self / "result.json").exists()
 
     def config(self) -> dict:
-        """What is in `config.json`."""
+        """The content of `config.json`."""
         return json.loads((self / "config.json").read_text())
 
     def tidy(self) -> None:
-        """Delete what a killed process has left; only for whoever holds the folder."""
+        """Delete what a killed process has left; call it only while the folder is locked."""
         for folder in (self.folder, self / "models", self / "examples"):
             for path in leftovers(folder):
                 path.unlink(missing_ok=True)
-        for path in (self / "models").glob("tmp????????"):  # of fastai's range test
+        for path in (self / "models").glob("tmp????????"):  # from fastai's range test
             shutil.rmtree(path, ignore_errors=True)
         if self.ended:
             for name in CHECKPOINTS:
                 (self / name).unlink(missing_ok=True)
 
     def result_if_ended(self) -> dict | None:
-        """What is in `result.json` of a run that has ended, None for any other."""
+        """The content of `result.json` if the run has finished, else None."""
         return self.result() if self.ended else None
 
     def result(self) -> dict:
-        """What is in `result.json`. Raises InputError where there is none, or it is not one of this project."""
+        """The content of `result.json`. Raises InputError if there is none, or it is not one of this project."""
         try:
             result = json.loads((self / "result.json").read_text())
             if not {"last_accuracy", "calibration_error", "history", "seed"} <= result.keys():
@@ -105,17 +105,17 @@ class Run:
             raise InputError(f"{self}: not the folder of a run that has ended, no result.json ({e.strerror})") from e
         except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise InputError(f"{self}/result.json: not that of a run of this version of the project") from e
-        return {"precision": "fp32", **result}  # as it was before one could choose
+        return {"precision": "fp32", **result}  # what older runs had, before it was an option
 
     def write(self, kind: str, content: dict) -> None:
-        """Write `config` or `result`."""
+        """Write `content` to `config.json` or `result.json`; kind: "config" or "result"."""
         write_json(self / f"{kind}.json", content)
 
     def check_same(self, config: dict) -> None:
-        """Raise InputError where it was started with other settings or images: it cannot be gone on with."""
+        """Raise InputError if the run was started with other settings or images, and so cannot be resumed."""
         before = self.config()
         for name in SETTINGS:
-            # What an older version did not write it had not: in a recipe that was off, as it is in the ancestor.
+            # A setting that an older version did not know was off, as it is in the ancestor.
             was = before.get(name, getattr(ANCESTOR, name, config[name]))
             if was != config[name]:
                 what = "the images are others" if name == "fingerprint" else f"{name} is {config[name]}"

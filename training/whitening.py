@@ -1,4 +1,4 @@
-"""A first convolution that sees whitened patches: the directions of a 3x3 patch, as alike as they are, weigh the same.
+"""A first convolution over whitened patches: neighbouring pixels are alike, and whitening decorrelates them.
 
 Source: Page, "How to Train Your ResNet" (2019), part 8, "bag of tricks".
 """
@@ -12,20 +12,20 @@ from torch.nn import functional as F
 from errors import InputError
 from images.table import ImageTable
 
-IMAGES = 5000  # of the training set, at the least
+IMAGES = 5000  # of the training set to compute the statistics from, at least
 
 
 def whitening_matrix(dls: DataLoaders, eps: float) -> Tensor:
-    """(27, 27): what makes of the normalised training images' 3x3 patches uncorrelated numbers of variance one.
+    """The (27, 27) matrix that whitens 3x3 patches of the normalised training images: uncorrelated, with variance one.
 
-    Those of a variance below `eps` stay smaller: they are mostly noise. Raises InputError for loaders that are not
-    those of `get_dls`.
+    Components with a variance below `eps` stay smaller, as they are mostly noise. Raises InputError for loaders that
+    are not from `get_dls`.
     """
     table = getattr(dls.train_ds, "items", None)
     if not isinstance(table, ImageTable):
         raise InputError("whiten: the images must come from get_dls; pass its loaders, or get_recipe(NAME, whiten=0)")
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in table.train_stats())
-    rows = range(0, len(table), max(1, len(table) // IMAGES))  # of all classes: a table has one after the other
+    rows = range(0, len(table), max(1, len(table) // IMAGES))  # evenly spaced, as a table is sorted by class
     covariance = torch.zeros(27, 27, dtype=torch.float64)
     for start in range(0, len(rows), 500):
         pixels, _ = table.batch(list(rows[start : start + 500]))
@@ -36,10 +36,10 @@ def whitening_matrix(dls: DataLoaders, eps: float) -> Tensor:
 
 
 class Whitening(Callback):
-    """Trains the first convolution as one over whitened patches, W = C `matrix` with C as what is learned.
+    """Trains the first convolution as one over whitened patches: its weight is W = C `matrix`, and SGD steps in C.
 
-    The network stays as it is: a step of SGD in C is one in W whose gradient has been multiplied by matrix^T matrix,
-    and weight decay and momentum are the same in both. `start` makes of the initial C the initial W.
+    The network keeps a plain convolution with weight W: a step in C is the step in W with the gradient multiplied by
+    matrix^T matrix; weight decay and momentum are the same in both. `start` turns initial weights C into W.
     """
 
     order = 5  # before the gradient scaler's step
@@ -48,7 +48,7 @@ class Whitening(Callback):
         self.matrix = matrix
 
     def start(self, conv: nn.Conv2d) -> None:
-        """Take the weights (c, 3, 3, 3) for C."""
+        """Multiply the weights (c, 3, 3, 3), taken as C, by `matrix`."""
         with torch.no_grad():
             conv.weight.copy_(self._times(conv.weight, self.matrix))
 
@@ -58,7 +58,7 @@ class Whitening(Callback):
 
     def before_step(self):
         grad = self.conv.weight.grad
-        if grad is not None:  # it is not frozen
+        if grad is not None:  # unless it is frozen
             grad.copy_(self._times(grad, self.metric))
 
     @staticmethod

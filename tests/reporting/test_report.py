@@ -175,7 +175,7 @@ def test_a_run_shows_itself(run):
     assert f"```sh\npython train_fastai.py {command}\n```" in text
     for value in (result["last_accuracy"], result["tta_accuracy"], result["calibration_error"]):
         assert f"| {100 * value:.2f} % |" in text
-    assert ("| the last one |" if result["best_epoch"] == 2 else "chosen on these images: flattered") in text
+    assert ("| the last one |" if result["best_epoch"] == 2 else "chosen on these images: optimistic") in text
     assert text.startswith("---\nlibrary_name: fastai\n")
     assert "359 images, the test set" in text
     assert result["fingerprint"] in text

@@ -147,7 +147,7 @@ def test_a_run_goes_on_with_another_number_of_processes(launch, noise, tmp_path)
         main(**noise, out=str(run), max_minutes=1e-6)
     result = launch({"resume": run, "max_minutes": 10}, SIGNAL="SIGTERM")
     assert "stopped by SIGTERM in epoch 2, after" in result.stderr
-    assert "of 11 batches; go on with: torchrun --nproc-per-node 2 train_fastai.py --resume" in result.stderr
+    assert "of 11 batches; resume with: torchrun --nproc-per-node 2 train_fastai.py --resume" in result.stderr
     assert result.stderr.count("stopped by") == 1
     main(resume=str(run), max_minutes=10)
     main(**noise, out=str(tmp_path / "undisturbed"))

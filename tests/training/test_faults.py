@@ -1,4 +1,4 @@
-"""Whatever the machine does to a run: nothing is lost, nothing stays behind, and one line says how to go on."""
+"""Whatever the machine does to a run: nothing is lost, nothing stays behind, and one line says how to resume."""
 
 import errno
 import json
@@ -230,7 +230,7 @@ def test_a_fault_of_the_disk_is_one_line(tmp_path, capsys, monkeypatch, code):
     if code not in (errno.EIO, errno.EROFS):
         return  # two of them are enough
     fail.name = "history.csv"
-    again = r"go on with: python train_fastai\.py --resume '.*it'\"'\"'s'$"
+    again = r"resume with: python train_fastai\.py --resume '.*it'\"'\"'s'$"
     with pytest.raises(InputError, match=rf"it's/history\.csv: {os.strerror(code)}; .*{again}"):
         main(**TINY, out=str(run))
     fail.name = None
@@ -297,11 +297,11 @@ class Kill(Callback):
 def test_a_signal_outside_the_fit_is_one_line_and_a_resume_goes_on_behind_it(tmp_path, capsys, monkeypatch):
     main(**TINY, out=str(tmp_path / "whole"))
     run, evaluate = tmp_path / "run", train_fastai.evaluate
-    with pytest.raises(Stopped, match=r"stopped by SIGHUP after the last epoch; go on with: .* --resume ") as e:
+    with pytest.raises(Stopped, match=r"stopped by SIGHUP after the last epoch; resume with: .* --resume ") as e:
         main(**TINY, out=str(run), cbs=Kill(signal.SIGHUP, "after_validate"))
     assert e.value.code == 129
     monkeypatch.setattr(train_fastai, "evaluate", lambda learn: os.kill(os.getpid(), signal.SIGTERM))
-    with stops_raised(), pytest.raises(Stopped, match=r"stopped by SIGTERM; go on with: .* --resume ") as e:
+    with stops_raised(), pytest.raises(Stopped, match=r"stopped by SIGTERM; resume with: .* --resume ") as e:
         main(resume=str(run))
     assert e.value.code == 143
     monkeypatch.setattr(train_fastai, "evaluate", evaluate)

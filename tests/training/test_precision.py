@@ -1,4 +1,4 @@
-"""Training in bf16 is repeatable, goes on bit for bit, and what is measured at its end is in fp32, as the files are."""
+"""Training in bf16 is repeatable, resumes bit for bit, and is measured at its end in fp32, as the files are."""
 
 import json
 import os

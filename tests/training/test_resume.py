@@ -1,4 +1,4 @@
-"""A training that was stopped, killed or damaged goes on as if nothing had happened."""
+"""A training that was stopped, killed or damaged continues as if nothing had happened."""
 
 import json
 import multiprocessing
@@ -42,7 +42,7 @@ def test_resumed_is_as_never_stopped(tmp_path, capsys, recipe, workers):
     options["out"] = str(run)
     for place in ((0, 3), (1, 2, False)):
         with pytest.raises(
-            Stopped, match=r"stopped by SIGTERM in epoch .* go on with: python train_fastai.py --resume "
+            Stopped, match=r"stopped by SIGTERM in epoch .* resume with: python train_fastai.py --resume "
         ) as e:
             main(cbs=StopAt(*place), **options)
         assert e.value.code == 143
@@ -115,7 +115,7 @@ def test_a_signal_stops_after_the_batch(tmp_path, capsys, number, code, words):
     _, errors = process.communicate(timeout=60)
     assert process.returncode == code, errors
     assert errors.startswith(f"train_fastai.py: stopped {words} in epoch ")
-    assert errors.endswith(f"go on with: python train_fastai.py --resume {tmp_path / 'run'}\n")
+    assert errors.endswith(f"resume with: python train_fastai.py --resume {tmp_path / 'run'}\n")
     assert errors.count("\n") == 1
     assert not leftovers(tmp_path / "run"), "nothing half-written"
 
@@ -143,7 +143,7 @@ def test_a_full_disk_is_one_line_and_nothing_half_written(tmp_path, capsys, limi
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 2, errors
     assert errors.count("\n") == 1, errors
-    assert "make room, then go on with: python train_fastai.py --resume" in errors
+    assert "make room, then resume with: python train_fastai.py --resume" in errors
     assert "File too large" in errors or "a file could not be written" in errors
     assert not leftovers(tmp_path / "run") + leftovers(tmp_path / "run/models"), "nothing half-written"
     main(**{word.strip("-"): value for word, value in zip(options[::2], options[1::2], strict=True)}, resume="auto")
@@ -188,7 +188,7 @@ def test_too_little_memory_says_what_to_try(tmp_path, capsys, monkeypatch):
         main(cbs=Full(), **SMALL, recipe="demo", out=str(tmp_path / "run"))
 
 
-# What cannot be gone on with
+# What cannot be resumed
 
 
 @pytest.fixture
@@ -208,7 +208,7 @@ def test_another_setting_is_refused(stopped):
         ({"recipe": "seed"}, "--recipe seed: .* was started with demo"),
         ({"wd": 0.1}, "--wd 0.1: .* was started with 0.0005"),
         ({"tta": True}, "--tta True: .* was started with False"),
-        ({"out": "elsewhere"}, "--out elsewhere: a resumed run goes on in its own folder"),
+        ({"out": "elsewhere"}, "--out elsewhere: a resumed run stays in its own folder"),
     ):
         with pytest.raises(InputError, match=expected):
             main(resume=str(stopped), **options)
@@ -275,7 +275,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_serves(stopped, tmp_pa
         path.unlink()
         path.write_bytes(content)
         harm(path)
-        with pytest.raises(InputError, match=r"checkpoint\.pth: damaged, delete it to go on from the one before") as e:
+        with pytest.raises(InputError, match=r"checkpoint\.pth: damaged, delete it to resume from the one before") as e:
             load_checkpoint(stopped, CustomResNet(width=2))
         assert "\n" not in str(e.value)
     path.unlink()
