@@ -59,7 +59,7 @@ LOCAL = ("127.0.0.1", "localhost")
 TOP = 5
 SIDE = 320  # pixels of the picture with the heat map
 UNREADABLE = f"This cannot be read as a picture: it must be one of {', '.join(FORMATS)}, of at most {MAX_PIXELS // 10**6} megapixels."
-CSS = "#picture img {width: 100%; height: 100%; object-fit: contain}"  # small pictures large
+CSS = "#picture img {width: 100%; height: 100%; object-fit: contain}"  # enlarges small pictures
 FILES = (
     "app.py", "errors.py", "files.py", "interrupts.py", "model.py", "names.py", "startup.py", "images/__init__.py", "images/decoding.py", "trained/__init__.py",
     *(f"trained/{name}.py" for name in ("classifier", "device", "header", "loading", "predictor", "safe_file")),
@@ -74,7 +74,10 @@ def heat_map(pixels: np.ndarray, heat: np.ndarray) -> np.ndarray:
 
 
 def look(classifier: Classifier, model: Model, path: str) -> tuple[dict[str, float], np.ndarray, str]:
-    """The probability of each class, the picture under its heat map, and how long it took. Raises InputError."""
+    """The probability of each class, the picture under its heat map, and how long it took.
+
+    Raises InputError or OSError if the file is not a readable image.
+    """
     times = [perf_counter()]
     pixels = np.stack([read_image(Path(path), lambda name: None)])
     times.append(perf_counter())
@@ -95,7 +98,7 @@ def about(header: dict) -> str:
     return (
         f"It was trained on {len(classes)} classes, on pictures of 32x32 pixels: {names}. **Of anything else it knows "
         f"nothing, and still answers with one of them, sure of itself at times.** "
-        f"On the {kind} images of {markdown(header['source'])} it is right {100 * header['last_accuracy']:.2f} % "
+        f"On the {kind} images of {markdown(header['source'])} it is right {100 * header['last_accuracy']:.2f}\u00a0% "
         f"of the time."
     )
 
@@ -139,7 +142,7 @@ def page(file: Path) -> "gradio.Blocks":
             raise gr.Error(UNREADABLE, print_exception=False) from e
 
     with gr.Blocks(title="Custom ResNet", analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:  # seconds
-        gr.Markdown(f"# What is in the picture?\n\n{about(header)}", latex_delimiters=[])  # names are no formulas
+        gr.Markdown(f"# What is in the picture?\n\n{about(header)}", latex_delimiters=[])  # names may contain $
         with gr.Row():
             with gr.Column(min_width=240):
                 gr.Markdown("### Drop, paste or take a picture")
@@ -147,13 +150,13 @@ def page(file: Path) -> "gradio.Blocks":
                     show_label=False, height=SIDE, elem_id="picture", sources=["upload", "clipboard", "webcam"]
                 )
             with gr.Column(min_width=240):
-                gr.Markdown("### What it takes it for")
+                gr.Markdown("### Prediction")
                 label = gr.Label(show_label=False, num_top_classes=TOP, elem_id="answer")
             with gr.Column(min_width=240):
-                gr.Markdown("### What it sees, and where it looked")
+                gr.Markdown("### Where the answer comes from")
                 seen = gr.Image(show_label=False, height=SIDE, interactive=False, format="png", buttons=[])
         took = gr.Markdown(elem_id="took")
-        # Without gradio's preprocessing, which raises an error for a file that is no picture.
+        # Without gradio's preprocessing, whose error for a file that is no picture prints a traceback.
         picture.change(shown, picture, [label, seen, took], api_name="predict", preprocess=False)
         if examples := examples_of(file):
             gr.Examples(
@@ -230,10 +233,11 @@ def show(blocks: "gradio.Blocks", host: str | None, port: int | None) -> None:
         around.append(Middleware(TrustedHostMiddleware, allowed_hosts=LOCAL))
     try:
         family = socket.AF_INET6 if ":" in (host or "") else socket.AF_INET
-        socket.create_server((host or LOCAL[0], port or 0), family=family).close()  # gradio would retry for ever
+        # Fails at once, where gradio would try 100 ports for five seconds each.
+        socket.create_server((host or LOCAL[0], port or 0), family=family).close()
         _, url, _ = blocks.launch(
             server_name=host, server_port=port, max_file_size=MAX_UPLOAD, ssr_mode=False,
-            theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),  # not from Google
+            theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),  # no fonts from Google
             css=CSS, footer_links=["api", "gradio"], show_error=True, quiet=True, prevent_thread_lock=True,
             app_kwargs={"middleware": around},
         )  # fmt: skip

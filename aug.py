@@ -22,8 +22,8 @@ cv2.setNumThreads(0)  # images this small are done before another thread has sta
 class Cutout(A.ImageOnlyTransform):
     """Fill one `size` x `size` square, at a uniformly random place inside the image, with `fill` (RGB, 0..255).
 
-    Has the distribution of `A.CoarseDropout` with one hole of that size, which also draws the number of holes and their
-    sizes and takes several times as long. Source: DeVries and Taylor, "Cutout" (2017), section 3.
+    Equal in distribution to `A.CoarseDropout` with one hole of that size, which also draws the number of holes and
+    their sizes and takes several times as long. Source: DeVries and Taylor, "Cutout" (2017), section 3.
     """
 
     def __init__(self, size: int = 8, fill: Sequence[int] = (125, 123, 114), p: float = 1.0):
@@ -68,7 +68,7 @@ class BitRandom(random.Random):
         return BitRandom, (self._bits,)
 
     def seed(self, *_):
-        """The bit generator is what gets seeded."""
+        """Does nothing: the bit generator is seeded instead."""
 
     def random(self) -> float:
         return (self._raw() >> 11) * 2.0**-53
@@ -95,7 +95,7 @@ class KeyedAugment:
         first = next(iter(transforms.transforms), None)
         self.pad = None
         if isinstance(first, A.PadIfNeeded) and first.position != "random" and first.p == transforms.p == 1:
-            # Padding is the same for every image, and for a whole batch takes albumentations a quarter of the time.
+            # Padding is the same for every image; albumentations takes a quarter of the time for a whole batch at once.
             self.pad, transforms = first, A.Compose(transforms.transforms[1:])
         self.transforms = transforms
         self._bits = np.random.Philox(key=[seed, 0])
@@ -121,7 +121,7 @@ class KeyedAugment:
         return out
 
     def _stream(self, epoch: int, place: int, purpose: int) -> np.random.BitGenerator:
-        """The bit generator, at the start of the stream of these numbers.
+        """The bit generator, at the start of the stream for (epoch, place, purpose).
 
         Philox is counter-based: its whole state is a key and a counter, so moving to a stream costs 1 µs, where seeding
         a generator costs 7 to 20. The counter's first word counts the draws within a stream.

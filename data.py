@@ -70,9 +70,9 @@ def get_dls(
 
     `source` is anything that `images.sources.load_images` reads. `valid` "test" validates on the test set, "holdout" on
     a fraction `valid_pct` of each class of the training set, chosen by `seed`. `workers` is the number of loader
-    processes (default: for a GPU one a core up to 8, shared by the processes of one run; 0 where the CPU trains).
-    `flips` "alternating" flips every image in every other epoch, unless `flip` is 0. `augmentation` goes to
-    `aug.train_transforms`. Raises InputError for a value out of range, and for images that cannot be used.
+    processes (default: for a GPU one a core, at most 8 in each process of a run, which share the machine's cores; 0
+    where the CPU trains). `flips` "alternating" flips every image in every other epoch, unless `flip` is 0.
+    `augmentation` goes to `aug.train_transforms`. Raises InputError for a value out of range, and for unusable images.
     """
     for name, value, known in (("valid", valid, VALID), ("flips", flips, FLIPS)):
         if value not in known:
@@ -112,7 +112,7 @@ def get_dls(
         dl_type=KeyedDL,
     )
     train_kwargs = {"num_workers": workers, "seed": seed, "persistent_workers": True}
-    valid_kwargs = {"num_workers": 0}  # a validation batch is a copy out of the table: cheaper than sending it over
+    valid_kwargs = {"num_workers": 0}  # a validation batch is a copy out of the table, cheaper than a worker
     return block.dataloaders(table, bs=bs, device=device, dl_kwargs=[train_kwargs, valid_kwargs])
 
 

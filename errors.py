@@ -33,7 +33,7 @@ class InputError(ValueError):
     """Bad input from the user. The message is one line: what is at fault, and what to do."""
 
     def __init__(self, message: str):
-        super().__init__(printable(re.sub(r"\s*\n\s*", " ", message.strip())))  # a library's message can have several
+        super().__init__(printable(re.sub(r"\s*\n\s*", " ", message.strip())))  # a library's can have several lines
 
 
 class Stopped(Exception):
@@ -135,7 +135,7 @@ def right_option(word: str, options: Sequence[str]) -> str | None:
 
 
 def parse(func: Callable, pos: Sequence[str] = ()) -> Any:
-    """Call `func`, a dataclass of options or a command's function, with the arguments on the command line.
+    """Return what `func`, a dataclass of options or a command's function, makes of the command line's arguments.
 
     Like fastcore's `call_parse`, which reads options, types and help from the signature, but strict: options cannot be
     abbreviated, and a wrong one is one line with a suggestion, where argparse would print its whole usage first. `pos`

@@ -18,10 +18,10 @@ from errors import InputError, parse, run_command
 class Options:
     """Make another file of a trained model, or publish it."""
 
-    run: str  # Folder of a run that has ended
+    run: str  # Folder of a run that has finished
     to: Annotated[str, {"choices": ["onnx", "pt2", "half"]}] = None  # Write RUN/model.onnx, .pt2 or .half.safetensors
     push: str = None  # Send the folder to USER/NAME on the Hugging Face Hub, for all to see
-    private: bool = False  # With --push: for yourself alone, if there is no such repository yet
+    private: bool = False  # With --push: make the repository private, if it does not exist yet
 
     def __post_init__(self):
         if not self.to and not self.push:
@@ -49,17 +49,17 @@ PUBLIC = [
     *(f"{picture}.{suffix}" for picture in CAPTIONS for suffix in ("png", "svg")),
     *(f"model.{suffix}" for suffix in ("safetensors", "half.safetensors", "pkl", "onnx", "pt2")), "models/last.pth", "models/best.pth",
 ]  # fmt: skip
-WRITERS: dict[str, Callable] = {"onnx": save_onnx, "pt2": save_pt2, "half.safetensors": save_half}  # by the file's end
+WRITERS: dict[str, Callable] = {"onnx": save_onnx, "pt2": save_pt2, "half.safetensors": save_half}  # by suffix
 
 
 def send(run: Path, repo: str, private: bool = False) -> str:
     """Send the public files of `run` to `repo` on the Hugging Face Hub; returns its address.
 
-    The card that is sent names `repo`. Raises InputError if the run has no model card, or the Hub cannot be reached or
-    rejects it.
+    The card that is sent names `repo`. Raises InputError if `run` has no result or no model card, huggingface_hub or a
+    token is missing, or the Hub cannot be reached or rejects it.
     """
     if not (run / "result.json").is_file():  # do not publish another kind of folder
-        raise InputError(f"--push: {run} is not the folder of a run that has ended, no result.json in it")
+        raise InputError(f"--push: {run} is not the folder of a run that has finished, no result.json in it")
     if not (run / "README.md").is_file():
         raise InputError(f"--push: {run} has no model card; python report.py {run} writes it")
     try:

@@ -81,7 +81,7 @@ def write_csv(path: Path, names: Iterable[str], rows: Iterable[Iterable]) -> Non
 def locked(folder: Path) -> Iterator[None]:
     """Lock `folder` for this process, however that ends. Raises InputError if another process has locked it.
 
-    The file `.lock` is never deleted: two processes could then both hold a lock, one on the old file, one on a new one.
+    The file `.lock` is never deleted: else two processes could hold a lock, one on the old file, one on a new one.
     """
     path = folder / LOCK
     if path.is_symlink():

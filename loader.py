@@ -46,7 +46,7 @@ class Batches:
         if not all(isinstance(t, Augment | ToTensor) for t in self.transforms):
             with _generators_kept():  # a new loader draws its seed from Python's generator
                 self.by_item = TfmdDL.new(loader, cls=TfmdDL, num_workers=0)
-            self.by_item.before_iter()  # sets the transforms' split_idx
+            self.by_item.before_iter()  # tells its pipelines whether these are training images, by split_idx
 
     def suits(self, loader: "KeyedDL") -> bool:
         """Whether the loader still has the transforms that this was made with."""
@@ -83,7 +83,7 @@ class KeyedDL(TfmdDL):
         self.seed, self.epoch, self._workers, self.looks = seed, -1, None, 0
         self.first, self.share = (-1, 0), (0, 1)  # (epoch, batch) to begin at; (which, of how many) of every batch
         super().__init__(dataset, *args, **kwargs)
-        if seed is None:  # `tta` makes a new loader for each of its draws
+        if seed is None:  # every new loader, as `tta` makes for each of its draws, augments differently
             self.epoch = self.rng.getrandbits(32)
 
     def begin_at(self, epoch: int, batch: int):
@@ -122,7 +122,8 @@ class KeyedDL(TfmdDL):
             self.epoch = epoch
 
     def do_item(self, s):
-        with _keyed(self.after_item.fs, max(self.epoch, 0), s or 0, s or 0):  # `tta` augments such items, too
+        # Items that are not in an `ImageTable` come here; of these, only `tta`'s are augmented.
+        with _keyed(self.after_item.fs, max(self.epoch, 0), s or 0, s or 0):
             return super().do_item(s)
 
     def before_iter(self):

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 IMAGE_SHAPE = (3, 32, 32)
-# "layer" is a LayerNorm over channels and space, which torch spells as one group. 32 groups as in the paper
-# (Wu and He, "Group Normalization", 2018); gcd gives the largest count that still divides a narrow layer.
+# "layer" is a LayerNorm over channels and space, in torch a GroupNorm of one group. 32 groups as in the paper (Wu and
+# He, "Group Normalization", 2018); for narrow layers gcd takes the largest power of two that divides the channels.
 NORMS = {
     "batch": nn.BatchNorm2d,
     "layer": lambda channels: nn.GroupNorm(1, channels),

@@ -11,7 +11,7 @@ def printable(text: str) -> str:
 
 
 def shortened(name: str, length: int = 14) -> str:
-    """`name`, cut to `length` characters with … at the end."""
+    """`name`, or if it is longer its beginning and …, `length` characters in all."""
     return name if len(name) <= length else f"{name[: length - 1]}…"
 
 

@@ -36,8 +36,8 @@ class Options:
     cutout: int = None  # Side of the square hole in pixels, 0 for none [the recipe's]
     cutmix: float = None  # Alpha of CutMix's Beta distribution, 0 for none [the recipe's]
     whiten: float = None  # Epsilon of the whitening of the first convolution, 0 for none [the recipe's]
-    norm_bias_lr: float = None  # Multiple of the learning rate for norm biases; unless 1, no norm scales [the recipe's]
-    ema: float = None  # Decay a step of the moving average of the weights, 0 for none [the recipe's]
+    norm_bias_lr: float = None  # Multiple of the learning rate for norm biases; unless 1, scales stay 1 [the recipe's]
+    ema: float = None  # Decay per step of the moving average of the weights, 0 for none [the recipe's]
     muon: float = None  # Muon's rate for convolutions as a multiple of the learning rate, 0 for SGD [the recipe's]
     norm: Annotated[str, {"choices": ["batch", "layer", "group"]}] = "batch"  # Normalisation layers
     seed: int = 0  # Random seed of the weights, the order of the images and their augmentation
@@ -51,9 +51,9 @@ class Options:
     resume: str = None  # Resume the run in this folder; auto: the one in --out, if it has been started
     max_minutes: float = None  # Stop after this many minutes of training, with a checkpoint to resume from
     log: Annotated[str, {"choices": ["tensorboard", "wandb"]}] = None  # Also log every batch there
-    tta: bool = False  # At the end, also report the accuracy with each image averaged with its mirror image
+    tta: bool = False  # At the end, also report the accuracy with logits averaged over each image and its mirror image
     sync_bn: bool = False  # Batch norm over the images of all processes, on GPUs
-    compile: bool = False  # Compile the network with torch.compile: about a minute more before the first step
+    compile: bool = False  # Compile the network with torch.compile: takes time before the first step
     deterministic: bool = False  # The same weights for the same seed on CUDA, too; on a CPU that is always so
     lr_find_only: bool = False  # Stop after the range test
     no_lr_find: bool = False  # Train without a range test
@@ -70,7 +70,7 @@ class Options:
             self.settings()  # checks them now, as what comes next takes seconds
 
     def settings(self) -> Recipe:
-        """The recipe with the options that override it. Raises InputError for values out of range or contradictory."""
+        """The recipe with the options that override it. Raises InputError for wrong or contradictory values."""
         if self.no_lr_find and (self.lr_find_only or self.lr == "auto"):
             other = "--lr-find-only" if self.lr_find_only else "--lr auto"
             raise InputError(f"--no-lr-find contradicts {other}; drop one of them")
@@ -88,7 +88,8 @@ class Options:
         processes = int(os.environ.get("WORLD_SIZE", 1))
         if rest := settings.bs % processes:
             near = f"{settings.bs - rest} or {settings.bs - rest + processes}" if settings.bs > rest else processes
-            raise InputError(f"--bs is {settings.bs}, of all {processes} processes together: pass a multiple, {near}")
+            why = f"it must be a multiple of the number of processes, {processes}"
+            raise InputError(f"--bs is {settings.bs}: {why}; pass {near}")
         if self.tta and settings.flip == 0:
             raise InputError("--tta: flip is 0, so that the network never learns from mirror images; leave it out")
         return settings

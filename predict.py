@@ -26,7 +26,7 @@ class Options:
     json: bool = False  # Print a JSON object for each image
     csv: bool = False  # Print a CSV row for each image
     eval: bool = False  # Print the accuracy on images in folders named as the classes, and that of each class
-    tta: bool = False  # Average each image with its mirror image
+    tta: bool = False  # Average the logits of each image and its mirror image
     device: str = "auto"  # For .safetensors and .pkl: auto, cpu, cuda, cuda:1 or mps
 
     def __post_init__(self):
@@ -70,7 +70,7 @@ def complain(message: str) -> None:
 
 
 def find_images(words: Iterable[str], fail: Callable[[str], None]) -> Iterator[Path]:
-    """The image files named by files, folders, patterns and `-`, a list on stdin. None is opened."""
+    """The image files that `words` stand for: files, folders, patterns, and `-` for a list on stdin. Opens none."""
     for word in words:
         path = os.path.expanduser(word)  # the shell does not expand a ~ in quotes
         if word == "-":
@@ -156,9 +156,10 @@ def print_predictions(rows: Rows, paths: list[Path], classes: list[str], options
 
 
 def evaluation(rows: Rows, paths: list[Path], classes: list[str]) -> dict:
-    """Number of images and accuracy, 0 to 1, of all and of each class, with the class most often mistaken for it.
+    """Number of images and accuracy, 0 to 1, of all and of each class, with the class that it is most often taken for.
 
-    Raises InputError, before any image is read, for one whose folder is not named as a class.
+    The accuracy of a class without images is None, and so is what is taken for no other. Raises InputError, before any
+    image is read, for one whose folder is not named as a class.
     """
     for path in paths:
         if path.absolute().parent.name not in classes:

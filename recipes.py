@@ -1,4 +1,4 @@
-"""Training settings as data: a `Recipe` is some twenty numbers and a schedule; `RECIPES` holds the named ones.
+"""Training settings as data: a `Recipe` is twenty settings, one of them a schedule; `RECIPES` holds the named ones.
 
 A schedule is a value too, one that knows how to fit a learner.
 """
@@ -110,7 +110,10 @@ FLIPS = ("random", "alternating")
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that a run depends on but its seed. Raises InputError for a value out of range."""
+    """The settings that a recipe fixes: data, network, augmentation, optimiser and schedule.
+
+    Raises InputError for a value out of range.
+    """
 
     data: str  # the data set it is meant for
     epochs: int
@@ -129,8 +132,8 @@ class Recipe:
     cutout: int  # side of the square hole in pixels, 0 for none
     cutmix: float  # alpha of the Beta distribution of fastai's CutMix, 0 for none
     whiten: float  # epsilon of the whitening of the first convolution, 0 for none
-    norm_bias_lr: float  # multiple of the learning rate for norm biases; unless it is 1, norms have no scale
-    ema: float  # decay a step of the moving average of the weights, 0 for no average
+    norm_bias_lr: float  # multiple of the learning rate for norm biases; unless it is 1, norm scales stay 1
+    ema: float  # decay per step of the moving average of the weights, 0 for no average
     muon: float  # Muon's rate for convolutions, as a multiple of the learning rate, 0 for SGD
 
     def __post_init__(self):
@@ -145,7 +148,7 @@ class Recipe:
             if not least <= value <= most or (above_0 and value == 0):
                 word = "above" if above_0 else "from"
                 raise InputError(f"{name} is {value}: it must be {word} {least} and at most {most}")
-        if 0 < self.cutmix < 0.01:  # below this, torch's Beta sampler underflows and returns 0.5
+        if 0 < self.cutmix < 0.01:  # torch's Beta sampler underflows to 0.5, and refuses an alpha that rounds to 0
             raise InputError(f"cutmix is {self.cutmix}: it must be 0, or at least 0.01")
         if self.flips not in FLIPS:
             raise InputError(f"flips is {self.flips!r}: it must be one of {', '.join(FLIPS)}")
@@ -154,17 +157,17 @@ class Recipe:
 # David Page's cifar10-fast, `dawn.py`: the same network, and the starting point of ours.
 ANCESTOR = Recipe(
     data="cifar10",
-    epochs=24,  # as few as its author needed for 94 %
-    bs=512,  # keeps a GPU busy, and still gives 98 steps an epoch
+    epochs=24,  # its author's, for 94 %
+    bs=512,  # keeps a GPU busy, and still gives 97 steps an epoch
     lr=0.4,  # a high peak that stays stable, thanks to the scaled logits
     schedule=Linear(((0, 0), (5 / 24, 1), (1, 0))),  # five epochs of warm-up, then all the way down
-    momentum=0.9,  # a step is the mean of about ten gradients
+    momentum=0.9,  # a step is the sum of about the last ten gradients
     nesterov=True,  # looks ahead, which damps the swings at a high learning rate
-    wd=5e-4,  # as in most recipes for CIFAR-10: weights under batch norm would grow, and steps shrink beside them
+    wd=5e-4,  # as in most recipes for CIFAR-10; without it, weights before batch norm grow, which shrinks their steps
     label_smoothing=0.0,
     logit_scale=0.125,  # max-pooled features are large: unscaled, the loss starts at 3.4 instead of ln 10 = 2.3
     width=64,  # 6.6 M parameters
-    flip=0.5,  # a photograph is as good from either side
+    flip=0.5,  # a mirrored photograph is as good
     flips="random",
     pad=4,  # an eighth of the side, as in He et al. (2015)
     cutout=8,  # a quarter of the side: hides a part, seldom the whole object
@@ -184,7 +187,7 @@ SEED = replace(ANCESTOR, lr=0.1, schedule=TORCH_ONE_CYCLE, nesterov=False, wd=0.
 # with logits x 1/16) are left out: he has CELU, and behind ReLU they cost more than they gain.
 FAST = replace(
     ANCESTOR,
-    # A cosine up to the peak and down to a tenth of it: where the weights are averaged, nothing need fall to nothing.
+    # A cosine up to the peak and down to a tenth of it: with averaged weights, the rate need not fall to zero.
     schedule=OneCycle(pct_start=0.2, div_final=10),
     label_smoothing=0.2,  # keeps the network from driving its logits ever further apart
     flips="alternating",  # random flips repeat half the images the same way round in the next epoch
@@ -197,7 +200,7 @@ RECIPES = {
     "fast": FAST,
     "ancestor": ANCESTOR,
     "seed": SEED,
-    # More than three times as long. Any other change has to show its worth on a hold-out of the full network first.
+    # More than three times as long as `fast`. Any further change must first prove itself at full width on a hold-out.
     "best": replace(FAST, epochs=80),
     # The seed project's other variant: a constant learning rate that falls when the validation loss does not; three
     # epochs tell a stall from the noise of one.

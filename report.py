@@ -16,9 +16,9 @@ from errors import InputError, parse, run_command
 class Options:
     """Draw the pictures of one run again and write its README, or compare several runs."""
 
-    runs: Annotated[str, {"nargs": "+"}]  # Folders of runs that have ended
-    picture: str = "comparison.png"  # Where to draw several runs' curves
-    device: str = "auto"  # To test one run's network on: auto, cpu or cuda
+    runs: Annotated[str, {"nargs": "+"}]  # Folders of runs that have finished
+    picture: str = "comparison.png"  # File for the picture of several runs' curves
+    device: str = "auto"  # Device to evaluate one run's network on: auto, cpu or cuda
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ from training.run import Run, check_out, open_run
 def train(options: Options, cbs: Sequence[Callback] = ()) -> dict | None:
     """Train in a new run folder, or resume one; returns the content of its `result.json`.
 
-    `cbs` are extra callbacks. Returns None with `lr_find_only`, and in every process but the first.
+    `cbs` are extra callbacks. Returns None with `lr_find_only`, and after training in all processes but the first.
     """
     started, given = perf_counter(), options
     with joined():
@@ -120,7 +120,7 @@ def in_its_folder(learn: Learner, folder: Path) -> Iterator[Run]:
 
 
 def show_start(run: Run, learn: Learner, options: Options, config: dict) -> None:
-    """Write and print the configuration, the layers and the augmented images; compile the network if asked to."""
+    """Write and print the configuration, print the layers, draw augmented images; compile the network if asked to."""
     run.write("config", config)
     print_config(config)
     with undisturbed(learn):

@@ -22,7 +22,8 @@ from images.decoding import SIZE
 from interrupts import NAMES
 
 AHEAD = 2  # batches that a worker process has ready or under way
-# A fork copies iterators over another process's workers. They are kept here, as torch stops workers with any copy.
+# A forked process has copies of its parent's iterators. They are kept here for good: torch would stop the parent's
+# workers when a copy is deleted.
 COPIES = []
 warnings.filterwarnings("ignore", "This DataLoader will create")  # more processes than cores, if asked for
 
@@ -66,8 +67,8 @@ class Workers:
         options["generator"] = torch.Generator()  # the workers' seeds must not come from the training's generator
         # `begin` puts an epoch's keys into the sampler, a list.
         self.loader = DataLoader(SharedBatches(builder, self.buffers), batch_size=None, sampler=[], **options)
-        # Plain garbage collection would close the queues first, and then wait five seconds for each process. The
-        # finalizer runs before that: nothing that it holds refers to this object.
+        # Garbage collection alone would close the queues first, and then wait five seconds for each process. The
+        # finalizer keeps the iterator whole until this object goes; nothing that it holds refers to this object.
         weakref.finalize(self, _stop, iter(self.loader), os.getpid())
 
     @property

@@ -4,7 +4,7 @@
     python benchmarks/campaign.py fast "fast --lr 0.4" --options "--width 16 --epochs 8 --valid holdout" --jobs 2
 
 Each run is a recipe and options of train_fastai.py. All of them are trained with the first seed, then with the next, so
-that there is a table at any time, and with the lowest priority. Ctrl-C and SIGTERM stop them with a checkpoint; the
+that they can be compared at any time, and at the lowest priority. Ctrl-C and SIGTERM stop them with a checkpoint; the
 same command resumes them, and does not train again what has finished. A result is in results/runs as soon as its run
 has finished. Use a separate clone, at a commit, so that no edit of the code affects a run.
 """
@@ -155,7 +155,7 @@ def work(runs: list[Training], jobs: int, threads: str, results: Path) -> int:
     progress, failed = Progress(runs, jobs), 0
     active: dict[Training, subprocess.Popen] = {}
     waiting = [run for run in runs if not run.ended]
-    tell(f"{len(runs)} runs, {len(runs) - len(waiting)} of them have ended; {jobs} at a time, threads: {threads}")
+    tell(f"{len(runs)} runs, {len(runs) - len(waiting)} of them have finished; {jobs} at a time, threads: {threads}")
     with ended(active):
         while waiting or active:
             while waiting and len(active) < jobs:
@@ -204,7 +204,7 @@ def main(
     with locked(folder):
         threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
         failed = work(todo, jobs, threads, kept)
-    tell(f"{len(todo) - failed} of {len(todo)} runs have ended; python results/make.py makes tables of their results")
+    tell(f"{len(todo) - failed} of {len(todo)} runs have finished; python results/make.py makes tables of them")
     if failed:
         sys.exit(1)
 

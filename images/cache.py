@@ -28,7 +28,7 @@ def cache_root() -> Path | None:
 
 
 def decoded(path: Path, read: Callable[[Path], ImageTable]) -> ImageTable:
-    """The table that `read` makes of the file or folder `path`, from the cache if it is there.
+    """The table that `read` makes of the file or folder `path`, from the cache if the source has not changed since.
 
     A source counts as changed when the name, size or modification time of any file in it has changed, hidden ones
     aside; an entry is checked against its SHA-256. A line on stderr reports an entry that is damaged or cannot be kept.

@@ -81,11 +81,11 @@ class _ArrayUnpickler(pickle._Unpickler):
     """Reads what the official batch files contain (dicts, lists, bytes, strings, numbers, uint8 arrays) and calls only
     the functions here, where a plain unpickler would run any code that a file asks for.
 
-    It extends Python's own unpickler, not the one in C, which allocates as much memory as a file claims to need.
+    It extends the unpickler written in Python, as the one in C allocates as much memory as a file claims to need.
     """
 
     dispatch = dict(pickle._Unpickler.dispatch)  # noqa: RUF012
-    del dispatch[pickle.BYTEARRAY8[0]]  # the one opcode at which Python's does so, too
+    del dispatch[pickle.BYTEARRAY8[0]]  # the one opcode at which the one in Python does so, too
 
     def find_class(self, module: str, name: str):
         if (module, name) == ("numpy", "ndarray"):

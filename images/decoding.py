@@ -27,7 +27,7 @@ def to_rgb(image: Image.Image) -> np.ndarray:
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))  # Pillow would clip at 255
     image = image.convert("RGB")  # a copy, so that it can be rotated in place
-    if "exif" in image.info:  # phones store photographs as the sensor lay, and the rotation there
+    if "exif" in image.info:  # phones store pixels in the sensor's orientation, and the rotation there
         ImageOps.exif_transpose(image, in_place=True)
     if image.size != (SIZE, SIZE):
         image = image.resize((SIZE, SIZE), Image.Resampling.BILINEAR)

@@ -23,7 +23,7 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 
 def load_images(source: str | Path | ImageTable) -> ImageTable:
     """Read a source: "cifar10", "digits", a folder or archive with `train/<class>/` and `test/<class>/` images, or the
-    official `cifar-10-batches-py` folder or `cifar-10-python.tar.gz`. Raises InputError that names what is wrong.
+    official `cifar-10-batches-py` folder or `cifar-10-python.tar.gz`. Raises an InputError that names what is wrong.
     """
     if isinstance(source, ImageTable):
         return source

@@ -30,8 +30,8 @@ class ImageTable:
     """Decoded images as fastai items: `table[i]` is an `Item`, `table[[i, …]]` a view of those rows without a copy.
 
     images: uint8 (n, 32, 32, 3); labels: int64 (n,), indices into `classes`; is_train: bool (n,); rows: those that this
-    view consists of. If they are known already, stats: mean and standard deviation of each channel (range 0..1), and
-    digest: the fingerprint. notes: warnings about the data, for the user.
+    view consists of. stats: mean and standard deviation of each channel (range 0..1), and digest: the fingerprint, or
+    None to compute them when asked for. notes: warnings about the data, for the user.
     """
 
     name: str
@@ -116,7 +116,7 @@ class Tally:
         width, height = np.median(self.sizes, axis=0).astype(int) if self.sizes else (0, 0)
         if max(width, height) > LARGE:
             size = f"{width}x{height} pixels (the median)"
-            notes.append(f"images of {size} are squeezed to {SIZE}x{SIZE}; small things in them are lost")
+            notes.append(f"images of {size} are resized to {SIZE}x{SIZE}; small details are lost")
         return notes
 
 

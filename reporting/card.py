@@ -37,8 +37,8 @@ CAPTIONS = {
 }
 
 
-def write_card(run: Path, options: Options, result: dict) -> None:
-    """Write the run's `README.md`, from the template `card.md`."""
+def write_card(run: Path, options: Options, result: dict, note: str = "") -> None:
+    """Write the run's `README.md`, from the template `card.md`; `note` is a sentence about the figures."""
     n = result["images"]
     names, more = result["classes"][:MOST_CLASSES], " …" * (len(result["classes"]) > MOST_CLASSES)
     python = result["versions"]["python"].rpartition(".")[0]
@@ -53,6 +53,8 @@ def write_card(run: Path, options: Options, result: dict) -> None:
         parameters=f"{result['parameters']:,}",
         figures=markdown_table(("figure", "value", ""), figures(result)),
         images=f"{options.valid_pct:.0%} of the training set" if result["valid"] == "holdout" else "the test set",
+        library="fastai" if (run / "model.pkl").exists() else "pytorch",
+        note=note and f" {note}",
         but=f", but for the best epoch in {precision}" if earlier and precision != "fp32" else "",
         command=options.command(result["processes"], out=None, resume=None, max_minutes=None),
         settings=markdown_table(("setting", "value"), settings(result)),
@@ -91,7 +93,7 @@ def figures(result: dict) -> list[tuple[str, str, str]]:
     best = "the last one" if result["best_epoch"] == result["epochs"] else best
     rows = [
         ("accuracy after the last epoch", "last_accuracy", "the headline"),
-        ("accuracy with TTA", "tta_accuracy", "each image averaged with its mirror image"),
+        ("accuracy with TTA", "tta_accuracy", "logits averaged over each image and its mirror image"),
         ("accuracy after the best epoch", "best_accuracy", best),
         ("expected calibration error", "calibration_error", "0 %: confidence equals accuracy"),
     ]

@@ -61,7 +61,7 @@ class Evaluation:
         return [(float(self.confidence[m].mean()), float(self.right[m].mean()), int(m.sum())) for m in masks]
 
     def calibration_error(self) -> float:
-        """The expected calibration error: how far confidence and accuracy differ, 0 to 1. Source: as `calibration`."""
+        """The expected calibration error: the mean gap of confidence and accuracy, 0 to 1. Source: as `calibration`."""
         n = len(self.labels)
         return sum(count / n * abs(accuracy - confidence) for confidence, accuracy, count in self.calibration())
 

@@ -119,7 +119,7 @@ def save_history(history: list[dict], folder: Path, what: str, seed_curve: list[
 def save_comparison(
     groups: dict[str, list[dict]], path: Path, comment: str | None = None, marks: dict[str, float] | None = None
 ) -> None:
-    """The validation accuracy over the epochs: the mean of each group's runs, with a band of one standard deviation.
+    """The validation accuracy in each epoch: the mean of each group's runs, with a band of ± one standard deviation.
 
     groups: name → the `result.json` contents of runs on the same data. marks: name → an accuracy in percent to draw as
     a line.
@@ -127,14 +127,15 @@ def save_comparison(
     first = next(iter(groups.values()))[0]
     widths = {run["width"] for runs in groups.values() for run in runs}
     title = first["source"] + (f", width {first['width']}" if len(widths) == 1 else "")
-    figure, axes = new_axes(title, "epoch", "validation accuracy in %")
+    images = "test set" if first["valid"] == "test" else "hold-out"
+    figure, axes = new_axes(title, "epoch", f"accuracy on the {images} in %")
     for (name, runs), color, marker in zip(groups.items(), COLORS, "os^DvPX*", strict=False):
         curves = np.array([[100 * row["valid_accuracy"] for row in run["history"]] for run in runs])
         x, last = range(1, curves.shape[1] + 1), np.mean([100 * run["last_accuracy"] for run in runs])
         mean, std = curves.mean(0), curves.std(0, ddof=1) if len(runs) > 1 else 0
         low, high = np.clip((mean - std, mean + std), 0, 100)
         axes.fill_between(x, low, high, color=color, alpha=0.2, lw=0)
-        label = f"{name}: {last:.2f} % at the end, {len(runs)} seed{'s' * (len(runs) > 1)}"
+        label = f"{name}: {last:.2f} % at the end, " + (f"{len(runs)} seeds ± std" if len(runs) > 1 else "1 seed")
         axes.plot(x, mean, f"{marker}-", ms=3, color=color, label=label)
     for (name, accuracy), style in zip((marks or {}).items(), ("-", "--", ":"), strict=False):
         axes.axhline(accuracy, color="gray", lw=1, ls=style, label=f"{name}: {accuracy:.2f} %")
@@ -156,12 +157,12 @@ def save_schedules(recipes: dict[str, Recipe], path: Path, comment: str | None =
         else:
             lr, style, name = np.full(1000, recipe.lr), "--", f"{name}, until the loss stalls"
         axes.plot(position * recipe.epochs, lr, style, color=color, label=name)
-    axes.legend(loc="upper right", frameon=False)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False)
     save_figure(figure, path, comment, svg)
 
 
 def save_confusion(evaluation: Evaluation, path: Path) -> None:
-    """The confusion matrix: a row for each true class, shaded by the fraction of the row.
+    """The confusion matrix: a row for each true class, shaded by the fraction of that class's images.
 
     Of more than `MOST_CLASSES` classes, those with the most mistakes.
     """
@@ -245,7 +246,7 @@ def save_examples(evaluation: Evaluation, chosen: np.ndarray, maps: np.ndarray, 
     for k, (i, heat) in enumerate(zip(chosen, maps, strict=True)):
         top, bottom = grid[2 * (k // columns), k % columns], grid[2 * (k // columns) + 1, k % columns]
         image, is_label, label = evaluation.table[i].image, evaluation.labels[i], evaluation.predicted[i]
-        right = " ✓" if is_label == label else f"\nis {names[is_label]}"
+        right = " ✓" if is_label == label else f"\ntrue: {names[is_label]}"
         top.set_title(f"{names[label]}, {100 * evaluation.confidence[i]:.0f} %{right}", fontsize=9, **AS_IT_IS)
         top.imshow(image, interpolation="nearest")
         bottom.imshow(image.mean(2), cmap="gray", interpolation="nearest")

@@ -49,8 +49,8 @@ def write_report(learn: Learner, options: Options, result: dict, evaluation: Eva
     save_classes(evaluation, run / "classes.png")
     save_reliability(evaluation, run / "reliability.png")
     for name, chosen, title in (
-        ("wrong", evaluation.most_wrong(EXAMPLES), "The most confident mistakes"),
-        ("uncertain", evaluation.most_uncertain(EXAMPLES), "The least certain predictions"),
+        ("wrong", evaluation.most_wrong(EXAMPLES), "The most confident mistakes, each above its Grad-CAM"),
+        ("uncertain", evaluation.most_uncertain(EXAMPLES), "The least certain predictions, each above its Grad-CAM"),
     ):
         images, _ = evaluation.table.batch(chosen.tolist())
         maps = grad_cam(classifier, images, evaluation.predicted[chosen]) if len(chosen) else []
@@ -63,8 +63,8 @@ def draw_again(run: Run, device: str, pictures: bool = True) -> None:
     """Draw all pictures of a finished run and write its README, from its weights and images; first `model.pkl`, if
     there is none.
 
-    device: its name. If there are several processes, all call this, and the first does it. Raises InputError if the run
-    has not finished, or the images have changed.
+    device: its name. pictures: False for `model.pkl` only. If there are several processes, all call this, and the first
+    does it. Raises InputError if the run has not finished, or the images have changed.
     """
     result = on_rank0(run.result)
     _, options = on_rank0(read_config, run.folder)
@@ -75,7 +75,7 @@ def draw_again(run: Run, device: str, pictures: bool = True) -> None:
         if learn.dls.train_ds.items.fingerprint() != result["fingerprint"]:
             raise InputError(f"{run}: the images in {result['data']} are not those that it was trained on")
         learn.path = run.folder
-        load_model(run / "models/last.pth", learn.model, None, with_opt=False)  # `learn.load` is for all processes
+        load_model(run / "models/last.pth", learn.model, None, with_opt=False)  # `learn.load` waits for all processes
         if not (run / "model.pkl").exists():
             export(learn, run / "model.pkl")
         if not pictures:
@@ -98,7 +98,7 @@ def save_first_images(evaluation: Evaluation, folder: Path) -> None:
 def seed_curve(result: dict) -> list[float] | None:
     """The mean accuracy of the unchanged recipe `seed` in each epoch, on the same data, width and norm.
 
-    None if `results/` has no such run, or this is one.
+    None if `results/` has no such run, or if this run's own recipe is `seed`.
     """
     if result["recipe"] == "seed":
         return None

@@ -48,14 +48,14 @@ def test_stopped_it_goes_on_and_trains_nothing_twice(start, tmp_path):
     process = start("demo", "demo --lr 0.05")
     out, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
-    assert "2 runs, 1 of them have ended" in out
+    assert "2 runs, 1 of them have finished" in out
     assert "seed 0: epoch 2/2, " in out
-    assert "2 of 2 runs have ended" in out
+    assert "2 of 2 runs have finished" in out
     results = [json.loads(path.read_text()) for path in (tmp_path / "results").iterdir()]
     assert sorted((r["lr"], r["seed"]) for r in results) == [(0.05, 0), (0.1, 0)]
     assert done.stat().st_mtime_ns == before
     out, _ = start("demo", "demo --lr 0.05").communicate(timeout=60)
-    assert "2 runs, 2 of them have ended" in out
+    assert "2 runs, 2 of them have finished" in out
     assert "started" not in out
 
 
@@ -80,7 +80,7 @@ def test_two_at_a_time_and_one_that_fails(start, tmp_path):
     assert process.returncode == 1
     assert "wd is 2.0: it must be from 0 and at most 1" in out
     assert "too high here, lower --lr" in out
-    assert "1 of 3 runs have ended" in out
+    assert "1 of 3 runs have finished" in out
     assert len(list((tmp_path / "results").iterdir())) == 1
 
 

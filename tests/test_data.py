@@ -93,7 +93,7 @@ def test_of_an_animated_image_the_first_frame_is_taken_with_a_warning(image_fold
         assert capsys.readouterr().err == line, "from the cache, too"
 
 
-def test_large_images_are_squeezed_with_a_warning(image_folder, capsys):
+def test_large_images_are_resized_with_a_warning(image_folder, capsys):
     root = image_folder(size=(40, 30))
     load_images(root)
     assert capsys.readouterr().err == ""
@@ -101,7 +101,7 @@ def test_large_images_are_squeezed_with_a_warning(image_folder, capsys):
         Image.open(path).resize((200, 90)).save(path)
     for _ in range(2):
         load_images(root)
-        what = "images of 200x90 pixels (the median) are squeezed to 32x32; small things in them are lost"
+        what = "images of 200x90 pixels (the median) are resized to 32x32; small details are lost"
         assert capsys.readouterr().err == f"warning: images: {what}\n", "from the cache, too"
 
 

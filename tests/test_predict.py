@@ -303,7 +303,7 @@ def test_folders_that_are_no_classes_are_named_before_the_work_starts(trained, r
     ("words", "line"),
     [
         (["nosuch", "IMAGE"], "nosuch: no such file; pass a run folder, or a model's .safetensors, .pkl, .onnx, .pt2"),
-        (["EMPTY", "IMAGE"], "not the folder of a run that has ended, no model.safetensors in it"),
+        (["EMPTY", "IMAGE"], "not the folder of a run that has finished, no model.safetensors in it"),
         (["IMAGE", "IMAGE"], ".png: this takes a run folder, or a model's .safetensors, .pkl, .onnx, .pt2"),
         (["MODEL"], "the following arguments are required: images"),
         (["MODEL", "IMAGE", "--json", "--csv"], "--json contradicts --csv"),

@@ -129,6 +129,6 @@ def test_the_same_run_again_takes_its_place(place, tmp_path):
 
 def test_a_folder_without_a_result_is_named(place, tmp_path):
     before = (tmp_path / "README.md").read_text()
-    with pytest.raises(InputError, match="empty: not the folder of a run that has ended"):
+    with pytest.raises(InputError, match="empty: not the folder of a run that has finished"):
         make.main([str(tmp_path / "empty")])
     assert (tmp_path / "README.md").read_text() == before

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def without_tf32() -> Iterator[None]:
-    """Within this, a GPU computes fp32 convolutions in full precision, where torch's default is TF32, with 3 digits."""
+    """Within this, a GPU computes fp32 convolutions in full; torch's default there is TF32, good to three digits."""
     cudnn = import_module("torch.backends.cudnn")  # a usual import could not be pickled into an exported learner
     before, cudnn.allow_tf32 = cudnn.allow_tf32, False
     try:
@@ -61,7 +61,7 @@ def classifier_of(learn: "Learner") -> Classifier:
 def grad_cam(classifier: Classifier, images: np.ndarray, classes: np.ndarray) -> np.ndarray:
     """Heat maps (n, 32, 32), 0 to 1: where uint8 (n, 32, 32, 3) `images` are evidence for `classes` (n,).
 
-    Source: Selvaraju et al., "Grad-CAM" (2017), section 3.
+    Computed from the body's output, 4x4, and interpolated. Source: Selvaraju et al., "Grad-CAM" (2017), section 3.
     """
     network, device = classifier.network, classifier.mean.device
     x = classifier.normalized(torch.from_numpy(images).to(device))

@@ -54,7 +54,7 @@ def check_device(name: str, deterministic: bool, sync_bn: bool, compiled: bool) 
 
 
 def set_deterministic(on: bool, device: torch.device) -> None:
-    """Make torch use deterministic algorithms only. On a CPU, training always does.
+    """Make torch use deterministic algorithms only, if `on`. On a CPU, training always does.
 
     Raises InputError for a device on which torch lacks them.
     """

@@ -1,4 +1,4 @@
-"""The JSON header in every file of a trained model, its checks, and the error for a file that is not ours."""
+"""The JSON header of a safetensors, ONNX or pt2 file, its checks, and the error for a file that is not ours."""
 
 from math import inf, isfinite
 from pathlib import Path
@@ -28,7 +28,7 @@ def check_header(header: dict) -> None:
         raise ValueError("logit_scale or last_accuracy is out of range")
     if not all(isinstance(header[name], str) for name in ("source", "valid")):
         raise ValueError("source or valid are no words")
-    "".join([*classes, header["source"]]).encode()  # raises for half a surrogate pair, which cannot be shown
+    "".join([*classes, header["source"]]).encode()  # raises for a lone surrogate, which cannot be shown
 
 
 def foreign(path: str | Path, e: Exception) -> InputError:

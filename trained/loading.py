@@ -18,7 +18,7 @@ def model_file(path: str | Path, kinds: Iterable[str] = tuple(LOADERS)) -> Path:
     in_folder = os.path.isdir(path)
     file = path / "model.safetensors" if in_folder else path
     if not os.path.isfile(file):
-        what = "not the folder of a run that has ended, no model.safetensors in it" if in_folder else "no such file"
+        what = "not the folder of a run that has finished, no model.safetensors in it" if in_folder else "no such file"
         raise InputError(f"{path}: {what}; pass a run folder, or a model's {', '.join(kinds)}")
     if file.suffix not in kinds:
         raise InputError(f"{file}: this takes a run folder, or a model's {', '.join(kinds)}")

@@ -36,12 +36,12 @@ def save_onnx(classifier: Classifier, header: dict, path: Path) -> None:
 
 
 def load(path: Path, device: str) -> Model:
-    """The model in the file. Raises InputError if it is not ours, onnxruntime is missing, or `device` is no CPU."""
+    """The model in the file. Raises InputError if it is not ours, onnxruntime is missing, or `device` not the CPU."""
     cpu_only(path, device)
     try:
         import onnxruntime
     except ImportError:
-        raise InputError(f"{path}: reading it takes a package more: pip install onnxruntime") from None
+        raise InputError(f"{path}: onnxruntime is not installed; pip install onnxruntime") from None
     quiet = onnxruntime.SessionOptions()
     quiet.log_severity_level = NO_LOG
     try:

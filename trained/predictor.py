@@ -15,7 +15,7 @@ from trained.classifier import without_tf32
 
 @dataclass(frozen=True)
 class Model:
-    """header: the file's metadata, `classes` at least; logits: uint8 (n, 32, 32, 3) → float (n, classes)."""
+    """A trained model. header: the file's metadata, at least `classes`; logits: uint8 (n, 32, 32, 3) → (n, classes)."""
 
     header: dict
     logits: Callable[[np.ndarray], np.ndarray]

@@ -53,7 +53,7 @@ class WeightAverage(Callback):
 
     def _update(self, average, weights, updates):
         # A smaller decay at first, so that the average soon forgets the initial weights.
-        n = int(self.average.n_averaged)  # on the CPU, where to read it waits for nothing
+        n = int(self.average.n_averaged)  # on the CPU, so reading it waits for nothing
         decay = min(self.decay**EVERY, (1 + n) / (10 + n))
         get_ema_multi_avg_fn(decay)(average, weights, updates)
 

@@ -157,7 +157,8 @@ class Mirror(Callback):
 
 
 class BatchLog(Callback):
-    """Logs loss and learning rate of every batch, and losses and accuracy of every epoch, to "tensorboard" or "wandb".
+    """Logs the smoothed training loss and the learning rate of every batch, and validation loss and accuracy of every
+    epoch, to "tensorboard" or "wandb".
 
     TensorBoard's files go to `folder`/tensorboard; a run of Weights & Biases gets the folder's name and `config`. Waits
     for the device at every batch. Raises InputError if Weights & Biases cannot be started.

@@ -66,8 +66,8 @@ def is_rank0() -> bool:
 def in_turns(func: Callable) -> Any:
     """Call `func()` in every process: first on rank 0, then in the first process of each machine, then in the others.
 
-    So a file that it caches is written once, on a shared disk as well as on each machine's own. An InputError in one
-    process ends all.
+    Returns its result. A file that it caches is written once, on a shared disk as well as on each machine's own. An
+    InputError in one process ends all.
     """
     if num_distrib() <= 1:
         return func()
@@ -121,11 +121,11 @@ def same_buffers(model: nn.Module) -> None:
 class AllRanks(Callback):
     """Wraps the network in torch's `DistributedDataParallel`, shards the batches, and adds up losses and metrics.
 
-    fastai's `DistributedTrainer` leaves the first to Accelerate, which its environment variables can make do more:
-    mixed precision of its own, in a wrapper that cannot be pickled.
+    fastai's `DistributedTrainer` leaves the first to Accelerate, whose environment variables can make it do more: mixed
+    precision of its own, in a wrapper that cannot be pickled.
     """
 
-    order = 11  # that of fastai's
+    order = 11  # as fastai's `DistributedTrainer`
 
     def __init__(self, sync_bn: bool):
         self.sync_bn = sync_bn

@@ -30,7 +30,7 @@ class StepLearner(Learner):
                 cb(event_name)
 
     def lr_find(self, *args, **kwargs):
-        """fastai's `lr_find`; it does not count as an epoch of the loader, so that training is the same after it."""
+        """fastai's `lr_find`; it does not count as an epoch of the loader, so that training sees the same batches."""
         train = self.dls.train
         epoch = getattr(train, "epoch", None)
         try:

@@ -64,7 +64,7 @@ def get_learner(
 
 
 def recipe_callbacks(recipe: Recipe, dls: DataLoaders, model: CustomResNet) -> list[Callback]:
-    """The callbacks of the recipe's tricks; `model` is a new one."""
+    """The callbacks of the recipe's tricks. `model` must be new: whitening changes its initial weights."""
     cbs = []
     if recipe.cutmix:
         cbs.append(LazyCutMix(recipe.cutmix))

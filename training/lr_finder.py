@@ -49,7 +49,7 @@ class RangeTest:
 
     @property
     def suggestion(self) -> float | None:
-        """The learning rate that it suggests."""
+        """The learning rate that the default method suggests; None if it has none."""
         return self.suggestions[self.default]
 
     def loss_at(self, lr: float) -> float:

@@ -1,6 +1,6 @@
 """torch's SGD as a fastai optimiser whose hyper-parameters can be set, group by group, wherever fastai sets them.
 
-With it, Muon for the convolutions.
+Also Muon, for the convolutions.
 """
 
 from collections.abc import Iterator, MutableMapping
@@ -43,10 +43,10 @@ class Hypers(MutableMapping):
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
-    """(m, n) with m <= n → a matrix with the same singular vectors and all singular values, but those near 0, near 1.
+    """(m, n) with m <= n → the same singular vectors, with singular values from 0.7 to 1.2, except for those next to 0.
 
-    Five steps of a Newton-Schulz iteration whose polynomial is steep at 0: what is not near 0 ends between 0.7 and 1.2.
-    Source: Jordan, "Muon: An optimizer for hidden layers in neural networks" (2024).
+    Five steps of a Newton-Schulz iteration whose polynomial is steep at 0. Source: Jordan, "Muon: An optimizer for
+    hidden layers in neural networks" (2024).
     """
     x = matrix / (matrix.norm() + 1e-7)  # no singular value is above 1
     for _ in range(5):
@@ -98,8 +98,8 @@ class Muon(torch.optim.SGD):
 class SGD(OptimWrapper):
     """torch's SGD, which has the Nesterov momentum that fastai's lacks, and updates all parameters at once.
 
-    fastai's own wrapper returns copies of the hyper-parameters, so that a callback's changes are lost, and includes
-    torch's switches, which loggers cannot take for numbers. `fused` updates all parameters in one kernel. `muon`, if
+    fastai's own wrapper returns copies of the hyper-parameters, so that a callback's changes are lost, and torch's
+    switches among them, which loggers cannot log as numbers. `fused` updates all parameters in one kernel. `muon`, if
     not 0, trains the convolutions by Muon at that multiple of the learning rate, computed in `dtype`.
     """
 

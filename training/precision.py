@@ -51,7 +51,7 @@ def choose_precision(precision: str, device: torch.device) -> str:
 
 
 class MixedPrecision(fp16.MixedPrecision):
-    """fastai's `MixedPrecision`, which works on CUDA only, for every device; and fp32, which on a GPU is without TF32.
+    """fastai's `MixedPrecision` for every device, not CUDA only, and with fp32 as a choice, on a GPU without TF32.
 
     A second one, added by `learn.to_fp16()` for example, is removed with a warning; its precision is taken over if the
     device has it. A pickled learner computes in fp32.

@@ -81,7 +81,7 @@ class Run:
         return json.loads((self / "config.json").read_text())
 
     def tidy(self) -> None:
-        """Delete what a killed process has left; call it only while the folder is locked."""
+        """Delete what a killed process has left, and a finished run's checkpoints. Only while the folder is locked."""
         for folder in (self.folder, self / "models", self / "examples"):
             for path in leftovers(folder):
                 path.unlink(missing_ok=True)
@@ -102,7 +102,7 @@ class Run:
             if not {"last_accuracy", "calibration_error", "history", "seed"} <= result.keys():
                 raise KeyError
         except OSError as e:
-            raise InputError(f"{self}: not the folder of a run that has ended, no result.json ({e.strerror})") from e
+            raise InputError(f"{self}: not the folder of a run that has finished, no result.json ({e.strerror})") from e
         except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise InputError(f"{self}/result.json: not that of a run of this version of the project") from e
         return {"precision": "fp32", **result}  # what older runs had, before it was an option

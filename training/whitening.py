@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from errors import InputError
 from images.table import ImageTable
 
-IMAGES = 5000  # of the training set to compute the statistics from, at least
+IMAGES = 5000  # at least as many training images, or all, give the statistics
 
 
 def whitening_matrix(dls: DataLoaders, eps: float) -> Tensor:

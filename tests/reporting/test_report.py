@@ -289,7 +289,7 @@ def test_a_band_stays_within_0_and_100_percent(run, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        (None, "not the folder of a run that has ended, no result.json"),
+        (None, "not the folder of a run that has finished, no result.json"),
         ("words", "result.json: not that of a run of this version"),
         ({"source": "cifar10"}, "source is cifar10 in one, digits in another; compare like with like"),
         ({"valid": "holdout"}, "valid is holdout in one, test in another; compare like with like"),
@@ -342,7 +342,9 @@ def test_of_a_run_a_model_to_come_with_the_project_is_made(run, tmp_path):
     card = (tmp_path / "made/README.md").read_text()
     assert f"{100 * header['last_accuracy']:.2f} %" in card
     assert "model.safetensors" in card
+    assert "fastai" not in card.split("---")[1], "the Hub would tell its visitors to load a model.pkl"
     assert "from_pretrained_fastai" not in card, "there is no model.pkl"
+    assert f". {pretrained.NOTE}\n" in card
     shown = {line.split("(")[1].rstrip(")") for line in card.splitlines() if line.startswith("![")}
     assert (
         shown

@@ -384,7 +384,7 @@ def export_command(*arguments, **env):
 
 @pytest.fixture
 def run(trained, tmp_path):
-    """The folder of a run that has ended, as far as `export.py` wants it."""
+    """The folder of a run that has finished, as far as `export.py` wants it."""
     folder = tmp_path / "run"
     folder.mkdir()
     for name in ("model.safetensors", "model.pkl"):
@@ -426,12 +426,12 @@ def test_weights_of_16_bits_take_half_the_room_and_answer_alike(run, trained, le
     ("arguments", "line"),
     [
         (["nosuch", "--to", "onnx"], "nosuch: no such file"),
-        ([".", "--to", "onnx"], r"\.: not the folder of a run that has ended"),
+        ([".", "--to", "onnx"], r"\.: not the folder of a run that has finished"),
         (["RUN"], "nothing to do; pass --to onnx, pt2 or half, or --push USER/NAME"),
         (["RUN", "--to", "tflite"], "invalid choice: 'tflite'"),
         (["RUN", "--private", "--to", "onnx"], "--private goes with --push"),
         (["RUN", "--push", "me/x"], "no token for the Hugging Face Hub; log in with hf auth login, or set HF_TOKEN"),
-        (["RUN/model.safetensors", "--push", "me/x"], "not the folder of a run that has ended"),
+        (["RUN/model.safetensors", "--push", "me/x"], "not the folder of a run that has finished"),
     ],
 )
 def test_what_cannot_be_exported_is_one_line(run, tmp_path, arguments, line):
