@@ -1,4 +1,4 @@
-"""Small trainings that are killed, or have a call fail, at every one of their calls to the file system, and then go on.
+"""Small trainings that are killed, or have a call fail, at each of their calls to the file system, and then resumed.
 
     python tests/sweep.py                    all of it: an hour on a core
     python tests/sweep.py 20                 at every twentieth call
@@ -231,7 +231,7 @@ class Sweep:
         return int((self.home / "count").read_text())
 
     def check(self, kind: str, what: str, codes: tuple, results: list[tuple[int, str]]) -> None:
-        """One trial is over: look at how its processes ended, go on with the same command, and compare."""
+        """One trial is over: look at how its processes ended, resume with the same command, and compare."""
         self.trials[kind] += 1
         wrong = [f"{code}: {text.strip()[-300:]}" for code, text in results
                  if code not in codes or text.count(": error: ") > 1 or "Traceback" in text]  # fmt: skip

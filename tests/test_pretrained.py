@@ -1,4 +1,4 @@
-"""The model that the project comes with: it is the one its card tells of."""
+"""The model that the project comes with: it is the one that its card describes."""
 
 import json
 import subprocess

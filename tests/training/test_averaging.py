@@ -1,4 +1,4 @@
-"""The moving average of the weights: what is tested and kept, and what goes on training."""
+"""The moving average of the weights: what is validated and kept, and what training continues with."""
 
 from itertools import pairwise
 

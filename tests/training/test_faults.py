@@ -30,7 +30,7 @@ TINY["no_pictures"] = True
 
 @pytest.fixture
 def run(tmp_path, capsys):
-    """A run that has ended."""
+    """A run that has finished."""
     main(**TINY, out=str(tmp_path / "run"))
     return tmp_path / "run"
 
