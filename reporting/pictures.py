@@ -237,8 +237,9 @@ def save_examples(evaluation: Evaluation, chosen: np.ndarray, maps: np.ndarray, 
     """The `chosen` images with their predictions, and below each its heat map from `grad_cam`."""
     columns = min(6, max(3, len(chosen)))  # the title needs the width of three
     rows = -(-len(chosen) // columns)
-    figure = Figure(figsize=(1.4 * columns, 3.1 * rows + (0.5 if rows else 0.3)), layout="constrained")
-    figure.suptitle(title if rows else f"{title}: there are none", fontsize=12 if rows else 9)
+    figure = Figure(figsize=(1.4 * columns, 3.1 * rows + (0.7 if rows else 0.3)), layout="constrained")
+    title += "\nbelow each: Grad-CAM" if rows else ": there are none"
+    figure.suptitle(title, fontsize=12 if rows else 9)
     grid = figure.subplots(2 * rows, columns, squeeze=False) if rows else np.empty(0)
     for axes in grid.flat:
         axes.set_axis_off()

@@ -49,8 +49,8 @@ def write_report(learn: Learner, options: Options, result: dict, evaluation: Eva
     save_classes(evaluation, run / "classes.png")
     save_reliability(evaluation, run / "reliability.png")
     for name, chosen, title in (
-        ("wrong", evaluation.most_wrong(EXAMPLES), "The most confident mistakes, each above its Grad-CAM"),
-        ("uncertain", evaluation.most_uncertain(EXAMPLES), "The least certain predictions, each above its Grad-CAM"),
+        ("wrong", evaluation.most_wrong(EXAMPLES), "The most confident mistakes"),
+        ("uncertain", evaluation.most_uncertain(EXAMPLES), "The least certain predictions"),
     ):
         images, _ = evaluation.table.batch(chosen.tolist())
         maps = grad_cam(classifier, images, evaluation.predicted[chosen]) if len(chosen) else []
