@@ -34,7 +34,7 @@ from training.whitening import Whitening, whitening_matrix
 def get_learner(
     dls: DataLoaders, recipe: str | Recipe = "fast", norm: str = "batch", precision: str = "auto", **kwargs
 ) -> Learner:
-    """A plain fastai `Learner`: the recipe's network, loss and optimiser, channels-last, in mixed precision.
+    """A fastai `Learner`: the recipe's network, loss and optimiser, channels-last, in mixed precision.
 
     `precision` is "fp32", "bf16", "fp16", or "auto" for the fastest that the device has. `kwargs` go to `Learner`;
     callbacks in them are added to the recipe's. Raises InputError for an unknown recipe, for one with whitening on
