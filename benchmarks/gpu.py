@@ -1,10 +1,10 @@
-"""Measure on a GPU what a CPU cannot tell, in at most eight minutes.
+"""Measure on a GPU what cannot be measured without one, in at most eight minutes.
 
-    python benchmarks/gpu.py                   all parts; each is in results/gpu.json as soon as it has been measured
+    python benchmarks/gpu.py                   all parts; each is written to results/gpu.json once it is measured
     python benchmarks/gpu.py --only compile    one part
-    python benchmarks/gpu.py --rehearse        all of it, small and on the CPU: whether it works, not how fast
+    python benchmarks/gpu.py --rehearse        all parts, small and on the CPU: a check that it works
 
-Run it on a machine that does nothing else. One part is a whole run by the recipe fast, on the images that --data names.
+Run it on an idle machine. One part is a whole run of the recipe fast, on the images that --data names.
 """
 
 import sys
@@ -81,7 +81,7 @@ from training.precision import PRECISIONS, choose_precision, obstacle
 
 
 class Bench:
-    """What is measured, on which device: each of `PARTS` is a method, which returns the rows of its table."""
+    """The measurements on a device: each of `PARTS` is a method that returns the rows of its table."""
 
     def __init__(self, options: Options, device: torch.device, folder: Path):
         self.options, self.device, self.folder = options, device, folder
@@ -109,7 +109,7 @@ class Bench:
                 loss = step(*batch)
             next(batches, None)
             loss.item()  # waits for the device
-            sleep(0.1)  # about as long as a validation, in which the next epoch is begun
+            sleep(0.1)  # about as long as a validation, during which the loader begins the next epoch
             firsts.append(waits[0])
             others += waits[1:] if len(firsts) > 1 else []
         kinds = {"an epoch's first batch": firsts[1:], "every other batch": others}
@@ -157,7 +157,7 @@ class Bench:
 
 @contextmanager
 def repeatable(device: torch.device) -> Iterator[None]:
-    """Within this, what `--deterministic` sets; new learners take it over."""
+    """Within this, torch is set as by `--deterministic`; new learners follow that."""
     before = torch.backends.cudnn.benchmark
     set_deterministic(True, device)
     try:
@@ -168,7 +168,7 @@ def repeatable(device: torch.device) -> Iterator[None]:
 
 
 def describe(device: torch.device) -> dict:
-    """On what it is measured."""
+    """The machine, the code and the versions that are measured."""
     packages = ("torch", "fastai", "albumentations", "torchvision", "numpy")
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),

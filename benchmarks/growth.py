@@ -1,4 +1,4 @@
-"""How the loader's cost grows with the number of images, and what its worker processes hold in memory."""
+"""How the loader's time and memory grow with the number of images, and the memory of its worker processes."""
 
 import json
 import os
@@ -18,7 +18,7 @@ MB = 2**20
 
 
 def memory(pid: int | str = "self") -> dict[str, float]:
-    """MB of a process and its children: `private` is what is theirs, `mapped` what they have of files in memory.
+    """MB of a process and its children: `private` memory, and `mapped` files.
 
     Pages that processes share are counted once (proportional set size).
     """
@@ -33,7 +33,7 @@ def memory(pid: int | str = "self") -> dict[str, float]:
 
 
 def repeated(n: int, folder: Path) -> ImageTable:
-    """A thousand images over and over as an array on disk, memory-mapped, as the cache of decoded images has it."""
+    """A thousand images, repeated to `n`, as a memory-mapped array on disk, like the cache of decoded images."""
     few = noise(1000, 0)
     path = folder / "images.npy"
     images = np.lib.format.open_memmap(path, "w+", np.uint8, (n, 32, 32, 3))
@@ -46,7 +46,7 @@ def repeated(n: int, folder: Path) -> ImageTable:
 
 
 def measure(n: int, workers: int, epochs: int) -> dict:
-    """In this process: microseconds per image and the most memory in each of `epochs` epochs over `n` images."""
+    """Microseconds per image, and the peak memory of this process, in each of `epochs` epochs over `n` images."""
     import torch
 
     torch.set_num_threads(1)
@@ -70,7 +70,7 @@ def measure(n: int, workers: int, epochs: int) -> dict:
 
 
 def in_a_process_of_its_own(*arguments: int) -> dict:
-    """`measure` where nothing else has been loaded before."""
+    """`measure` in a new process, where nothing else has been loaded before."""
     words = [sys.executable, "-W", "ignore", __file__, *map(str, arguments)]
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run(words, stdout=subprocess.PIPE, env=env, check=True, text=True)
@@ -78,7 +78,7 @@ def in_a_process_of_its_own(*arguments: int) -> dict:
 
 
 def growth(sizes=SIZES) -> list[dict]:
-    """The second epoch of our loader, no workers, over each number of images: the first warms up the process."""
+    """The second epoch of our loader, without workers, over each number of images; the first is a warm-up."""
     rows = []
     for n in sizes:
         result = in_a_process_of_its_own(n, 0, 2)

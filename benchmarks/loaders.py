@@ -1,4 +1,4 @@
-"""What an image costs in each way of loading it, on one core."""
+"""The time of one image in each way of loading it, on one core."""
 
 import tempfile
 from pathlib import Path
@@ -19,7 +19,7 @@ FILES = "fastai as documented, PNG files, A.CoarseDropout"
 
 
 def seconds(iterate) -> float:
-    """How long going through it takes."""
+    """Seconds that it takes to iterate over it."""
     start = perf_counter()
     for _ in iterate():
         pass
@@ -33,10 +33,10 @@ def transforms_as_documented() -> A.Compose:
 
 
 def loaders(images: int = 51200, rounds: int = 3) -> list[dict]:
-    """Microseconds per image. The ways take turns, and each one's fastest round counts.
+    """Microseconds per image, the fastest of `rounds`, in which the ways take turns.
 
-    "uint8" is what our loader hands to the device, which makes floats itself. Where the CPU is the device, that costs
-    its cores extra: the rows with floats. The slow ways see a fifth of the images.
+    "uint8" is what our loader passes to the device, which makes floats of it. If the CPU is the device, this takes time
+    of its cores, too: the rows with floats. The slow ways load a fifth of the images.
     """
     torch.set_num_threads(1)
     table, small = noise(images, 2), noise(images // 5, 2)
@@ -64,7 +64,7 @@ def loaders(images: int = 51200, rounds: int = 3) -> list[dict]:
         }
         best = dict.fromkeys(ways, np.inf)
         for dl in (raw[1], raw[2], dls[1], dls[2]):
-            seconds(lambda dl=dl: dl)  # starts the workers: once a run, not once an epoch
+            seconds(lambda dl=dl: dl)  # starts the workers, which happens once a run, not once an epoch
         for _ in range(rounds):
             for name, (n, way) in ways.items():
                 best[name] = min(best[name], 1e6 * seconds(way) / n)
@@ -72,7 +72,7 @@ def loaders(images: int = 51200, rounds: int = 3) -> list[dict]:
 
 
 def profile(images: int = 10240, rounds: int = 3) -> list[dict]:
-    """Where our loader's microseconds go: each part is what it adds to those above it."""
+    """Where our loader's time goes: for each part, the microseconds that it adds to those above it."""
     torch.set_num_threads(1)
     table, dl = noise(images, 2), get_dls(noise(BS, 2), bs=BS, workers=0, device="cpu").train
     to_float, normalise = dl.after_batch.fs

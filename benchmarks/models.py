@@ -1,6 +1,6 @@
-"""What the four files of a trained model cost: room, time to load, time an image; and what predict.py adds to that.
+"""Size, time to load and time per image of the four files of a trained model, and the overhead of predict.py.
 
-The network has random weights: they cost what trained ones do.
+The network has random weights, which take the same time as trained ones.
 """
 
 import subprocess
@@ -40,7 +40,7 @@ for batch in map(int, sys.argv[3:]):
 
 
 def write_models(folder: Path, width: int) -> None:
-    """A network of that width for ten classes as model.safetensors, .onnx, .pt2 and model.pkl."""
+    """Write a network of that width for ten classes as model.safetensors, .onnx, .pt2 and model.pkl."""
     from data import get_dls
     from export import WRITERS
     from recipes import get_recipe
@@ -60,7 +60,7 @@ def write_models(folder: Path, width: int) -> None:
 
 
 def models(width: int = 64, rounds: int = 3) -> list[dict]:
-    """Medians over `rounds`, in each of which every file is read by a new process, in turn."""
+    """Medians over `rounds`, in each of which a new process reads each file in turn."""
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         write_models(folder, width)
@@ -83,7 +83,7 @@ def models(width: int = 64, rounds: int = 3) -> list[dict]:
 
 
 def predict(width: int = 16, n: int = 10_000, rounds: int = 3) -> list[dict]:
-    """Seconds, medians of `rounds`: the narrower the network, the more of the time is ours."""
+    """Seconds, medians of `rounds`. With a narrow network, the overhead is a larger part of the time."""
     from trained.loading import load_model
 
     rng = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""What a step takes on the CPU: in fp32 and bf16, by what idle threads do, by what is done with freed memory."""
+"""The time of a training step on the CPU: in fp32 and bf16, and by the policies for idle threads and freed memory."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from training.precision import has_bf16
 ROOT = Path(__file__).parents[1]
 BS = 512
 IMAGES = {16: 20 * BS, 64: 3 * BS}  # an epoch of some ten seconds
-# libgomp spins 300,000 times by itself, and not at all when passive
+# By default libgomp's threads spin 300,000 times, and with a passive policy not at all
 POLICIES = {
     "OpenMP's own": {},
     "ours, GOMP_SPINCOUNT=10000": {"GOMP_SPINCOUNT": "10000"},
@@ -39,7 +39,7 @@ print(json.dumps([times, getrusage(RUSAGE_SELF).ru_maxrss / 1024]))
 
 
 def bare_step(width: int, precision: str, bs: int):
-    """A training step as one would write it by hand, on one batch of noise."""
+    """A hand-written training step on one batch of noise."""
     torch.manual_seed(0)
     model = CustomResNet(10, width, logit_scale=0.125).to(memory_format=torch.channels_last)
     opt = torch.optim.SGD(model.parameters(), 0.01, 0.9, weight_decay=5e-4, nesterov=True)
@@ -57,7 +57,7 @@ def bare_step(width: int, precision: str, bs: int):
 
 
 def step_times(width: int, precision: str, bs: int, seconds: float) -> list[float]:
-    """Seconds of each bare step, for about so many seconds; the first, which is slower, is left out."""
+    """The time of each bare step, in seconds, over about `seconds` seconds, without the first, which is slower."""
     step, times, start = bare_step(width, precision, bs), [], perf_counter()
     while perf_counter() - start < seconds or len(times) < 3:
         begin = perf_counter()
@@ -67,7 +67,7 @@ def step_times(width: int, precision: str, bs: int, seconds: float) -> list[floa
 
 
 def matrix_rate(dtype: torch.dtype, n: int = 4096) -> float:
-    """GFLOP/s of a product of two n x n matrices, the best of three."""
+    """GFLOP/s of the product of two n x n matrices, the best of three."""
     a, times = torch.randn(n, n, dtype=dtype), []
     for _ in range(4):
         start = perf_counter()
@@ -77,7 +77,7 @@ def matrix_rate(dtype: torch.dtype, n: int = 4096) -> float:
 
 
 def flops_an_image(width: int) -> float:
-    """Floating-point operations of a training step, for each image."""
+    """Floating-point operations per image of a training step."""
     step = bare_step(width, "fp32", 8)
     with FlopCounterMode(display=False) as counter:
         step()
@@ -85,7 +85,7 @@ def flops_an_image(width: int) -> float:
 
 
 def precision(rounds: int = 4) -> list[dict]:
-    """Images/s of the fastest of `rounds` epochs, and what part of the machine's matrix rate the bare step reaches."""
+    """Images/s of the fastest of `rounds` epochs, and the bare step's rate relative to that of matrix products."""
     cpu, rows = torch.device("cpu"), []
     rates = {"fp32": matrix_rate(torch.float32)}
     if has_bf16(cpu):
@@ -105,7 +105,7 @@ def precision(rounds: int = 4) -> list[dict]:
 
 @contextmanager
 def busy(processes: int) -> Iterator[None]:
-    """Within this so many other processes want a core each."""
+    """Within this, this many other processes keep a core busy each."""
     others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(processes)]
     try:
         yield
@@ -116,7 +116,7 @@ def busy(processes: int) -> Iterator[None]:
 
 
 def timed_apart(policy: dict[str, str], width: int, precision: str, bs: int, seconds: float) -> tuple[float, float]:
-    """The median of `step_times`, and the MiB it took, in a process of its own, under that policy and no other."""
+    """The median of `step_times`, and the peak memory in MiB, of a new process with that policy and no other."""
     environment = {k: v for k, v in os.environ.items() if k not in SET_HERE}
     words = [sys.executable, "-W", "ignore", "-c", STEPS, ROOT, ROOT / "benchmarks", width, precision, bs, seconds]
     process = subprocess.run([*map(str, words)], env=environment | policy, check=True, stdout=subprocess.PIPE)
@@ -125,7 +125,7 @@ def timed_apart(policy: dict[str, str], width: int, precision: str, bs: int, sec
 
 
 def waiting() -> list[dict]:
-    """Milliseconds of a bare step (the median) under each policy, alone and with one busy process beside it."""
+    """Median milliseconds of a bare step under each policy, alone and beside one busy process."""
     cases = [(16, "fp32", 64, 2), (16, "fp32", BS, 4), (64, "fp32", BS, 8)]
     if has_bf16(torch.device("cpu")):
         cases = [case for width, _, *rest in cases for case in ((width, "fp32", *rest), (width, "bf16", *rest))]
@@ -147,9 +147,9 @@ def waiting() -> list[dict]:
 
 
 def memory(rounds: int = 2) -> list[dict]:
-    """Images/s of a bare step and the process's MiB: glibc returns freed memory to the kernel, or keeps it.
+    """Images/s of a bare step, and the process's MiB, with glibc's default allocator, and when it keeps freed memory.
 
-    The better of `rounds`, in which the ways take turns.
+    The best of `rounds`, in which the two take turns.
     """
     rows = []
     for width in IMAGES:

@@ -1,9 +1,9 @@
-"""What more GPUs should give, computed from the time of one's step, the loader's and the network between them.
+"""The speed to expect of several GPUs, computed from the step of one GPU, the loader and the network between them.
 
     python benchmarks/scaling.py --save results/scaling.json
 
-The step's 33.6 ms are cifar10-fast's, 79 s for 24 epochs of 98 steps on a V100; `--step-ms` takes that of another GPU.
-What an image of 224 pixels costs one core is measured here.
+The step's 33.6 ms are cifar10-fast's, 79 s for 24 epochs of 98 steps on a V100; `--step-ms` sets that of another GPU.
+The time to load an image of 224 pixels on one core is measured here.
 `python results/make.py` makes the tables of docs/scaling.md from the file.
 """
 
@@ -24,8 +24,8 @@ from reporting.tables import markdown_table
 
 PARAMETERS = 6_573_130
 GRADIENTS = 4 * PARAMETERS / 1e6  # MB, fp32
-BS = 512  # images a step, of all GPUs together
-IMAGES = 50_000  # an epoch
+BS = 512  # images in a step, of all GPUs together
+IMAGES = 50_000  # in an epoch
 CORES = 16  # for each GPU
 LINKS = {"NVLink": 300.0, "100 Gb/s": 12.5, "10 Gb/s": 1.25}  # GB/s that a GPU sends while it receives as much
 PER_MACHINE = 8
@@ -39,7 +39,7 @@ def all_reduce_ms(gpus: int, gb_per_second: float) -> float:
 
 
 def step(gpus: int, link: str, step_ms: float, floor_ms: float, loader_us: float) -> dict[str, float]:
-    """Milliseconds of a step of `BS` images: computing, loading meanwhile, and the all-reduce, as if it came after."""
+    """Milliseconds of a step of `BS` images: compute, loading at the same time, and the all-reduce after that."""
     share = BS / gpus
     times = {
         "compute": floor_ms + (step_ms - floor_ms) * share / BS,

@@ -1,9 +1,9 @@
-"""Measure what this project's speed rests on, and print it as tables.
+"""Measure the loaders, the training steps, the start, the model files and their memory, and print tables.
 
     python benchmarks/speed.py                      everything, about half an hour on two cores
     python benchmarks/speed.py --only loaders       one part; --help names them
 
-Run it on a machine that does nothing else. Only the ratios within one table mean something on another machine.
+Run it on an idle machine. Only the ratios within one table can be compared with those of another machine.
 """
 
 import platform
@@ -33,14 +33,14 @@ PARTS = {
 
 
 def cell(value) -> str:
-    """A table's cell; a float to three digits."""
+    """A cell of a table; floats have three digits."""
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
     return f"{value:,}" if isinstance(value, int) else value or "–"
 
 
 def table(rows: list[dict]) -> str:
-    """`rows` under a line of their names."""
+    """`rows` as a table, under a line of their keys."""
     lines = [list(rows[0]), *([cell(value) for value in row.values()] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join([first.ljust(widths[0]), *map(str.rjust, rest, widths[1:])]) for first, *rest in lines)
@@ -57,7 +57,7 @@ def section(part: str, rows: list[dict]) -> str:
 
 
 def heading(figures: dict) -> str:
-    """On what the figures were measured."""
+    """The machine and the versions that the figures were measured with."""
     versions = (f"{package} {number}" for package, number in figures["versions"].items())
     return ", ".join([figures["device"], f"Python {figures['python']}", *versions])
 

@@ -1,4 +1,4 @@
-"""How long a user waits: for --help, and for the first training step on a data set that is in the cache."""
+"""How long a user waits for --help, and for the first training step with and without the data set in the cache."""
 
 import os
 import pickle
@@ -44,7 +44,7 @@ stage("first batch")
 
 
 def fake_cifar10(folder: Path) -> Path:
-    """CIFAR-10's python version with noise in it."""
+    """Noise in the format of CIFAR-10's python version."""
     rng = np.random.default_rng(0)
     root = folder / "cifar-10-batches-py"
     root.mkdir()
@@ -73,7 +73,7 @@ def first_step(words: list[str], env: dict) -> float:
 
 
 def start(rounds: int = 3) -> list[dict]:
-    """Seconds, the fastest of `rounds`; then where the time to the first step goes, in one more process."""
+    """Seconds, the fastest of `rounds`; then a breakdown of the time to the first step, from one more process."""
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         env = {**os.environ, "XDG_CACHE_HOME": str(folder / "cache"), "PYTHONPATH": str(TRAIN.parent)}

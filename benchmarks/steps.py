@@ -1,4 +1,4 @@
-"""What whole training steps take: the bare network, a hand-written loop, our Learner; on a GPU other loaders too."""
+"""The time of training steps: the bare network, a hand-written loop, our Learner; on a GPU, other loaders as well."""
 
 import os
 import tempfile
@@ -23,13 +23,13 @@ from training.callbacks import CompiledTraining
 from training.history import RunLog
 from training.precision import choose_precision
 
-RECIPE = get_recipe("fast", muon=0.0)  # with torch's SGD, as a loop by hand would have it
+RECIPE = get_recipe("fast", muon=0.0)  # with torch's SGD, as a hand-written loop would use
 BARE, BY_HAND, OURS = "bare network, one batch", "hand-written loop, our loader", "our Learner"
 MUON = f"{OURS}, convolutions by Muon"
 
 
 def by_hand(device: torch.device, width: int, compiled: bool, precision: str):
-    """A training step as one would write it for speed: channels-last, autocast, no wait for the loss."""
+    """A training step, hand-written for speed: channels-last, autocast, no wait for the loss."""
     model = CustomResNet(10, width, logit_scale=RECIPE.logit_scale).to(device, memory_format=torch.channels_last)
     if compiled:
         model.compile()
@@ -59,9 +59,9 @@ def loop(step, batches, device: torch.device) -> float:
 
 
 class Clock(Callback):
-    """Seconds of the training part of the last epoch."""
+    """Measures the seconds of the training part of the last epoch."""
 
-    order = 100  # after the recorder has fetched the losses, which waits for the device
+    order = 100  # after the recorder has fetched the losses, for which it waits for the device
 
     def before_train(self):
         self.start = perf_counter()
@@ -71,9 +71,9 @@ class Clock(Callback):
 
 
 def fit(learn: Learner, *cbs) -> tuple[float, float]:
-    """Seconds for the training part of an epoch, and for all of it."""
+    """Seconds for the training part of an epoch, and for the whole epoch."""
     clock, start = Clock(), perf_counter()
-    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):  # with its progress bar
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):  # the progress bar is drawn, but not shown
         learn.fit(1, 0.01, cbs=[clock, *cbs])
     return clock.seconds, perf_counter() - start
 
@@ -83,8 +83,8 @@ def steps(
 ) -> list[dict]:
     """Seconds per epoch of `images` images: the first, the median and the fastest of `rounds`. The ways take turns.
 
-    `whole` adds what our Learner's epoch has beside its steps: validation (a fifth of the images on a GPU, two images
-    on a CPU), history, best weights.
+    `whole` includes the rest of our Learner's epoch: validation (a fifth of the images on a GPU, two images on a CPU),
+    history, best weights.
     """
     gpu, precision = device.type == "cuda", choose_precision(precision, device)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", CUBLAS_WORKSPACE)  # cuBLAS reads it once, at its first product
@@ -138,7 +138,7 @@ def steps(
         }
     epochs = {name: [] for name in ways}
     for done in range(rounds):
-        for name in list(ways)[:: -1 if done % 2 else 1]:  # so that a machine that grows faster or slower favours none
+        for name in list(ways)[:: -1 if done % 2 else 1]:  # so that a drift of the machine's speed favours none
             epochs[name].append(ways[name]())
             print(f"round {done + 1}: {name} {np.round(epochs[name][-1], 2)}", flush=True)
     folder.cleanup()

@@ -1,4 +1,4 @@
-"""Our loader and those that a user would otherwise write, over the same images."""
+"""The loaders that a user would otherwise write, over the same images as ours."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ BS = 512
 
 
 def noise(train: int, valid: int) -> ImageTable:
-    """Blurred noise, about as compressible as photographs, with ten classes."""
+    """A table of blurred noise in ten classes, about as compressible as photographs."""
     rng = np.random.default_rng(0)
     few = [Image.fromarray(x) for x in rng.integers(0, 256, (256, 8, 8, 3), dtype=np.uint8)]
     few = np.stack([np.asarray(image.resize((32, 32), Image.Resampling.BICUBIC)) for image in few])

@@ -1,4 +1,4 @@
-"""The results of runs as they are kept in this folder: what they are called, and which belong together."""
+"""The results of runs in this folder: the names of their files, and how they are grouped."""
 
 import json
 import re
@@ -15,7 +15,7 @@ from recipes import ANCESTOR, RECIPES, OneCycle, changes
 from training.run import Run
 
 HERE = Path(__file__).parent
-# `fast` as it was when it had none of what it has today; results of that time have no `whiten` either
+# `fast` as it was before it had any of today's tricks; results from then have no `whiten`
 FIRST_FAST = replace(ANCESTOR, lr=0.8, schedule=OneCycle(pct_start=0.2), label_smoothing=0.1)
 
 
@@ -25,12 +25,12 @@ def file_name(*words) -> str:
 
 
 def result_of(folder: Path) -> dict:
-    """The run's result without its options, which hold paths of the machine; what counts of them stands beside them."""
+    """The run's result without its options, which contain paths; the settings are in the result itself as well."""
     return {name: value for name, value in Run(folder).result().items() if name != "options"}
 
 
 def take_in(folder: Path, results: Path | None = None) -> Path:
-    """Copy the run's result to `results` under a name of its own: what it trained, on what data, and its seed."""
+    """Copy the run's result to `results`, under a name made of its recipe, data and seed."""
     result = result_of(folder)
     path = (results or HERE / "runs") / f"{file_name(how(result), *where(result), 'seed', result['seed'])}.json"
     write_json(path, result)
@@ -38,7 +38,7 @@ def take_in(folder: Path, results: Path | None = None) -> Path:
 
 
 def where(result: dict) -> tuple:
-    """What two results must have in common to be compared."""
+    """What two results must share to be comparable: data, width, validation set, precision."""
     valid = result["valid"]
     if (part := result.get("valid_pct", Options.valid_pct)) != Options.valid_pct:
         valid += f" {part:.0%}"
@@ -46,7 +46,7 @@ def where(result: dict) -> tuple:
 
 
 def how(result: dict) -> str:
-    """The recipe, and in what the run was not as the recipe is today."""
+    """The recipe's name, and the settings in which the run differs from the recipe as it is today."""
     name, recipe = result["recipe"], RECIPES[result["recipe"]]
     if name == "fast" and "whiten" not in result:
         name, recipe = "first fast", FIRST_FAST
@@ -58,7 +58,7 @@ def how(result: dict) -> str:
 
 
 def results() -> dict[tuple, dict[str, list[dict]]]:
-    """All results: where, the widest network first, then how, then in the order of their seeds."""
+    """All results by `where`, the widest network first, then by `how`, in the order of their seeds."""
     every = [json.loads(path.read_text()) for path in (HERE / "runs").glob("*.json")]
     order = list(RECIPES)
 

@@ -1,9 +1,9 @@
-"""Make the README's tables and pictures from the figures in this folder.
+"""Make the tables of README and docs, and the pictures of this folder, from the figures in it.
 
     python results/make.py                             from what is there
-    python results/make.py --runs runs/001-fast ...    take in the results of these runs first
+    python results/make.py --runs runs/001-fast ...    copy the results of these runs here first
 
-A test fails as long as the README or a picture shows anything else than what this makes.
+A test fails if a table or the data behind a picture is not what this makes.
 """
 
 import hashlib
@@ -51,7 +51,7 @@ def percent(runs: list[dict], key: str = "last_accuracy") -> list[float]:
 
 
 def accuracy_table(found: Results) -> str:
-    """A line for each recipe, data, network and precision: the last epoch's accuracy on the test set over the seeds."""
+    """One line for each data set, recipe, network and precision: the last epoch's test accuracy over the seeds."""
     rows = []
     for (source, width, valid, precision), groups in found.items():
         for name, runs in groups.items():
@@ -68,13 +68,13 @@ def accuracy_table(found: Results) -> str:
 
 
 def unchanged(groups: dict[str, list[dict]]) -> dict[str, list[dict]]:
-    """Those that trained a recipe as it is."""
+    """The groups of runs that trained a recipe unchanged."""
     names = (f"{name}, {recipe.epochs} epochs" for name, recipe in RECIPES.items())
     return {name: groups[name] for name in names if name in groups}
 
 
 def front_table(found: Results) -> str:
-    """A line for each unchanged recipe and network on CIFAR-10: the README's first table."""
+    """The README's first table: one line for each unchanged recipe and network on CIFAR-10."""
     rows = []
     for (source, width, valid, precision), groups in found.items():
         if (source, valid) != ("cifar10", "test"):
@@ -91,7 +91,7 @@ def front_table(found: Results) -> str:
 
 
 def epoch_time(runs: list[dict]) -> tuple[float, str]:
-    """The median seconds of an epoch on the machine where they are the fewest, and that machine."""
+    """The median seconds of an epoch on the fastest machine, and that machine."""
     seconds = defaultdict(list)
     for run in runs:
         machine = run["device_name"] + (", on one thread" if run.get("threads") == 1 else "")
@@ -100,7 +100,7 @@ def epoch_time(runs: list[dict]) -> tuple[float, str]:
 
 
 def ablation_tables(found: Results) -> str:
-    """What a change of a setting does on a hold-out: each line against that without the change, seed by seed."""
+    """The effect of each changed setting on a hold-out: every line is compared with the one without its last change."""
     tables = []
     for (source, width, valid, precision), groups in found.items():
         if valid == "test":
@@ -122,12 +122,12 @@ def ablation_tables(found: Results) -> str:
 
 
 def speeds() -> dict[str, dict]:
-    """The figures of `benchmarks/speed.py`, by the name of their file."""
+    """The figures of `benchmarks/speed.py`, by the names of their files."""
     return {path.stem: json.loads(path.read_text()) for path in sorted((HERE / "speed").glob("*.json"))}
 
 
 def speed_page() -> str:
-    """Every table of `benchmarks/speed.py`."""
+    """A page with every table of `benchmarks/speed.py`."""
     lines = ["# Figures of `python benchmarks/speed.py --save FILE`"]
     for name, figures in speeds().items():
         lines += ["", f"## {name}", "", heading(figures)]
@@ -138,9 +138,9 @@ def speed_page() -> str:
 
 
 def save_peaks(sweep: dict, path: Path, comment: str | None = None) -> None:
-    """The accuracy that each peak learning rate reaches, and where the range test's suggestions lie.
+    """The accuracy that each peak learning rate reaches, and the range test's suggestions.
 
-    sweep: one of the files in peaks.
+    sweep: the content of one of the files in peaks.
     """
     arguments = sweep["arguments"]
     recipe = f"first {arguments['recipe']}"  # the sweeps are of `figures.FIRST_FAST`, and call it by its name of then
@@ -166,12 +166,12 @@ def save_peaks(sweep: dict, path: Path, comment: str | None = None) -> None:
 
 
 def save_front_curves(groups: dict[str, list[dict]], path: Path, comment: str | None = None) -> None:
-    """The curves on CIFAR-10, and what there is to beat."""
+    """The accuracy on CIFAR-10 over the epochs, with the figures to beat as lines."""
     save_comparison(groups, path, comment, TO_BEAT)
 
 
 def made_texts() -> dict[Path, str]:
-    """What the files that are made, in whole or in part, should say."""
+    """The content of each file that is made, in whole or in part."""
     loading = f"```text\n{section('loaders', speeds()['2-cores-loaders']['loaders'])}\n```"
     models = f"```text\n{section('models', speeds()['2-cores-models']['models'])}\n```"
     precision = f"```text\n{section('precision', speeds()['2-cores-precision']['precision'])}\n```"
@@ -203,7 +203,7 @@ def made_texts() -> dict[Path, str]:
 
 
 def made_pictures() -> dict[Path, tuple]:
-    """The function that draws each picture, and what it draws."""
+    """For each picture, the function that draws it, and its data."""
     cifar10 = {name: recipe for name, recipe in RECIPES.items() if recipe.data == "cifar10"}
     pictures = {HERE / "schedules.png": (save_schedules, cifar10)}
     for path in (HERE / "peaks").glob("*.json"):
@@ -219,14 +219,14 @@ def made_pictures() -> dict[Path, tuple]:
 
 
 def digest(drawn) -> str:
-    """Stands in a picture's comment, so that one can see whether it shows the figures of today."""
+    """A hash of a picture's data, stored in the picture's comment, to tell whether it is up to date."""
     return hashlib.sha256(json.dumps(drawn, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def main(
-    runs: Annotated[str, {"nargs": "+"}] = (),  # Run folders whose results to take in first
+    runs: Annotated[str, {"nargs": "+"}] = (),  # Run folders whose results to copy here first
 ):
-    """Make the README's tables and pictures from the figures in this folder."""
+    """Make the tables of README and docs, and the pictures of this folder, from the figures in it."""
     for run in runs:
         take_in(Path(run))
     for path, text in made_texts().items():
