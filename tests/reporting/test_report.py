@@ -110,11 +110,14 @@ def test_the_reliability_of_few_images_is_no_line(drawn, tmp_path):
 
 
 @pytest.mark.parametrize(("n", "rows"), [(0, 0), (2, 1), (6, 1), (7, 2)])
-def test_a_picture_of_examples_is_as_tall_as_it_has_rows(drawn, tmp_path, n, rows):
+def test_a_picture_of_examples_has_room_for_its_rows_and_title(drawn, tmp_path, n, rows):
     e = evaluation([[0.4, 0.6]] * 9, [0] * 9, ("cat", "dog"))
-    pictures.save_examples(e, e.most_wrong(n), np.zeros((n, 32, 32)), "Mistakes", tmp_path)
-    assert drawn[0].get_figheight() == pytest.approx(3.1 * rows + (0.5 if rows else 0.3))
+    pictures.save_examples(e, e.most_wrong(n), np.zeros((n, 32, 32)), "The most confident mistakes", tmp_path)
+    assert drawn[0].get_figheight() == pytest.approx(3.1 * rows + (0.7 if rows else 0.3))
     assert len(drawn[0].axes) == 2 * rows * min(6, max(3, n))
+    drawn[0].canvas.draw()
+    title = drawn[0].texts[0].get_window_extent()
+    assert 0 <= title.x0 < title.x1 <= drawn[0].bbox.width, "nothing of it is cut off"
 
 
 def test_the_last_epoch_is_marked_also_where_it_is_the_only_one(drawn, tmp_path):
