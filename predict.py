@@ -158,7 +158,7 @@ def print_predictions(rows: Rows, paths: list[Path], classes: list[str], options
 def evaluation(rows: Rows, paths: list[Path], classes: list[str]) -> dict:
     """Number of images and accuracy, 0 to 1, of all and of each class, with the class that it is most often taken for.
 
-    The accuracy of a class without images is None, and so is what is taken for no other. Raises InputError, before any
+    `accuracy` is None for a class without images, `taken_for` for one without mistakes. Raises InputError, before any
     image is read, for one whose folder is not named as a class.
     """
     for path in paths:

@@ -105,7 +105,7 @@ def precision(rounds: int = 4) -> list[dict]:
 
 @contextmanager
 def busy(processes: int) -> Iterator[None]:
-    """Within this, this many other processes keep a core busy each."""
+    """Within this, as many other processes as `processes` says keep a core busy each."""
     others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(processes)]
     try:
         yield

@@ -43,6 +43,7 @@ def write_card(run: Path, options: Options, result: dict, note: str = "") -> Non
     names, more = result["classes"][:MOST_CLASSES], " …" * (len(result["classes"]) > MOST_CLASSES)
     python = result["versions"]["python"].rpartition(".")[0]
     precision, earlier = result["precision"], result["best_epoch"] != result["epochs"]
+    has_learner = (run / "model.pkl").exists()
     text = TEMPLATE.substitute(
         result | {name: markdown(result[name]) for name in ("source", "recipe")},
         index=json.dumps([model_index(result)]),
@@ -53,7 +54,7 @@ def write_card(run: Path, options: Options, result: dict, note: str = "") -> Non
         parameters=f"{result['parameters']:,}",
         figures=markdown_table(("figure", "value", ""), figures(result)),
         images=f"{options.valid_pct:.0%} of the training set" if result["valid"] == "holdout" else "the test set",
-        library="fastai" if (run / "model.pkl").exists() else "pytorch",
+        library="fastai" if has_learner else "pytorch",
         note=note and f" {note}",
         but=f", but for the best epoch in {precision}" if earlier and precision != "fp32" else "",
         command=options.command(result["processes"], out=None, resume=None, max_minutes=None),
@@ -61,7 +62,7 @@ def write_card(run: Path, options: Options, result: dict, note: str = "") -> Non
         seconds=f"{result['seconds']:.0f}",
         code=code(result),
         versions=", ".join(f"{name} {version}" for name, version in result["versions"].items()),
-        with_fastai=WITH_FASTAI.substitute(python=python) if (run / "model.pkl").exists() else "",
+        with_fastai=WITH_FASTAI.substitute(python=python) if has_learner else "",
         pictures=pictures(run),
     )
     with complete(run / "README.md") as beside:

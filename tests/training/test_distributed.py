@@ -193,7 +193,8 @@ def test_bad_input_is_one_line_of_one_process(launch):
 
 
 @pytest.mark.parametrize(("env", "given", "words"), [
-    ({"WORLD_SIZE": "3"}, {"bs": 128}, "--bs is 128: it must be a multiple of the number of processes, 3; pass 126 or"),
+    ({"WORLD_SIZE": "3"}, {"bs": 128},
+     "--bs is 128: it must be a multiple of the number of processes, 3; pass 126 or 129"),
     ({"WORLD_SIZE": "2", "RANK": "0"}, {"bs": 128}, "WORLD_SIZE is 2, but the processes do not find each other"),
 ])  # fmt: skip
 def test_processes_that_cannot_train_together(tmp_path, monkeypatch, env, given, words):
