@@ -85,6 +85,8 @@ class NoWait(Callback):
 @pytest.mark.parametrize("bar", [True, False])
 def test_no_batch_waits_for_the_gpu(tmp_path, name, recipe, cutmix, bar):
     skip_unless(name)
+    if (name, recipe) == ("fp16", "fast"):
+        pytest.skip("with Muon, torch's gradient scaler reads whether the gradients overflowed")
     learn = learner(tmp_path, name, recipe, cutmix=cutmix)
     try:
         with learn.no_logging(), nullcontext() if bar else learn.no_bar():

@@ -14,13 +14,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import ROOT, StopAt, main, outcome, same
-from fastai.callback.core import Callback
+from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.mixup import CutMix
 from fastai.learner import load_learner
 from fastcore.basics import noop
 from fastcore.foundation import L
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import loader
 import workers
@@ -31,7 +32,7 @@ from reporting.evaluation import evaluate
 from train_fastai import get_learner
 from trained.device import get_device
 from training import distributed, precision
-from training.callbacks import CompiledTraining, LazyCutMix
+from training.callbacks import CompiledTraining, LazyCutMix, LazyRecorder
 from training.optimizer import SGD
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -72,6 +73,19 @@ def test_a_gpu_with_a_number_becomes_the_current_one(two_gpus):
     assert torch.cuda.current_device() == 1
     assert get_device("cpu") == torch.device("cpu")
     assert two_gpus == [torch.device("cuda:1")]
+
+
+def test_a_gpu_that_cannot_be_used_is_reported_with_the_reason(two_gpus, monkeypatch):
+    def full(*args, device):
+        raise RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported later")
+
+    monkeypatch.setattr(torch, "zeros", full)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for name in ("cuda", "cuda:1"):
+        with pytest.raises(InputError, match=f"^--device {name}: CUDA error: out of memory; pass another"):
+            get_device(name)
+    with pytest.raises(InputError, match=r"no such device here; this machine has cpu, cuda:0, cuda:1$"):
+        get_device("cuda:2")
 
 
 def test_cublas_is_told_to_be_repeatable_before_the_first_product(monkeypatch):
@@ -262,6 +276,53 @@ def test_cutmix_reads_nothing_of_the_device():
             mix.before_batch()
 
 
+class Waits(TorchDispatchMode):
+    """Notes the copies from the CPU to the meta device for which a program would wait if that were a GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out, name = func(*args, **kwargs), func.overloadpacket.__name__
+        if name in ("_to_copy", "copy_") and out.device.type == "meta":
+            source = args[0 if name == "_to_copy" else 1]
+            if source.device.type == "cpu" and not kwargs.get("non_blocking", args[2:] == (True,)):
+                self.seen.append(tuple(source.shape))
+        return out
+
+
+class LastBatch(Callback):
+    """Forgets the waits of the fit's first batch, and ends the fit after the last one of validation."""
+
+    order = 100
+
+    def __init__(self, waits):
+        self.waits = waits
+
+    def after_batch(self):
+        if self.training and self.iter == 0:
+            self.waits.seen.clear()
+        if not self.training and self.iter == self.n_iter - 1:
+            raise CancelFitException
+
+
+@pytest.mark.parametrize(("recipe", "cutmix"), [("demo", 0.0), ("demo", 1.0), ("fast", 0.0)])
+def test_no_batch_reads_the_device_or_waits_for_a_copy_to_it(tmp_path, monkeypatch, recipe, cutmix):
+    """On the meta device, where reading is an error; batches come to it as from pinned memory."""
+    copied, waits = loader.to_device, Waits()
+    monkeypatch.setattr(loader, "to_device", lambda batch, device, non_blocking: copied(batch, device, True))
+    monkeypatch.setattr(LazyRecorder, "_fetch", noop)  # at the end of an epoch it does read
+    dls = get_dls("digits", bs=128, flip=0, workers=0, device="meta")
+    learn = get_learner(dls, get_recipe(recipe, width=2, cutmix=cutmix), precision="fp32", path=tmp_path)
+    learn.remove_cb(learn.progress)
+    with learn.no_logging(), waits:
+        learn.fit(1, 0.1, cbs=LastBatch(waits))
+    assert learn.train_iter == 11
+    assert waits.seen == []
+
+
 # Compiling
 
 
@@ -321,6 +382,22 @@ def one_of_two(monkeypatch):
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(("error", "cause", "left"), [
+    (None, None, True), (InputError("--data: no such folder"), None, True), (Stopped("by SIGTERM", 143), None, True),
+    (InputError("too little memory"), torch.OutOfMemoryError(), False), (ZeroDivisionError(), None, False),
+])  # fmt: skip
+def test_after_a_fault_of_one_process_nothing_waits_for_the_others(monkeypatch, error, cause, left):
+    """NCCL waits for all of them where the group is destroyed, and gloo does not: the calls are counted."""
+    calls = []
+    monkeypatch.setattr(distributed, "num_distrib", lambda: 2)
+    monkeypatch.setattr(dist, "init_process_group", lambda backend: calls.append("joined"))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: calls.append("left"))
+    with pytest.raises(type(error)) if error else nullcontext(), distributed.joined():
+        if error:
+            raise error from cause
+    assert calls == ["joined", "left"][: 1 + left]
 
 
 class Order(Callback):

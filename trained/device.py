@@ -33,9 +33,11 @@ def get_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()  # fails for "meta" as well
-    except (RuntimeError, AssertionError):  # an unknown name, or one that this torch or machine lacks
+    except (RuntimeError, AssertionError) as e:  # an unknown name, or one that this torch or machine lacks
         names = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
         names += ["mps"] if torch.backends.mps.is_available() else []
+        if name in names or (name == "cuda" and len(names) > 1):  # one that is full or too old, for example
+            raise InputError(f"--device {name}: {str(e).splitlines()[0]}; pass another device, or cpu") from e
         raise InputError(f"--device {name}: no such device here; this machine has {', '.join(names)}") from None
     if device.index is not None and device.type == "cuda":
         torch.cuda.set_device(device)  # else pinned memory, which names no device, would use the first GPU, too

@@ -1,10 +1,13 @@
 """An exponential moving average of the weights, which is validated and kept in place of the trained weights."""
 
+from collections.abc import Iterator
+from copy import deepcopy
 from itertools import chain
 
 from fastai.callback.core import Callback
 from fastai.learner import get_model
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch import Tensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from training.distributed import same_buffers
 
@@ -20,7 +23,7 @@ class WeightAverage(Callback):
     order = 80  # after callbacks that look at the trained weights; the checkpoint comes later and keeps both
 
     def __init__(self, decay: float):
-        self.decay, self.average, self.trained, self.swapped = decay, None, False, False
+        self.decay, self.average, self.updates, self.trained, self.swapped = decay, None, 0, False, False
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "average": None}
@@ -28,8 +31,7 @@ class WeightAverage(Callback):
     def before_fit(self):
         self.run = not hasattr(self, "lr_finder")
         if self.run:
-            self.average = AveragedModel(get_model(self.model), multi_avg_fn=self._update, use_buffers=True)
-            self.swapped = False
+            self.average, self.updates, self.swapped = deepcopy(get_model(self.model)), 0, False
 
     def before_train(self):
         self.trained = False
@@ -37,7 +39,7 @@ class WeightAverage(Callback):
 
     def after_batch(self):
         if self.training and self.train_iter % EVERY == 0:
-            self.average.update_parameters(get_model(self.model))
+            self._update()
 
     def after_train(self):
         self.trained = True
@@ -51,23 +53,29 @@ class WeightAverage(Callback):
         self._exchange(True)
         self.average, self.trained = None, False
 
-    def _update(self, average, weights, updates):
-        # A smaller decay at first, so that the average soon forgets the initial weights.
-        n = int(self.average.n_averaged)  # on the CPU, so reading it waits for nothing
-        decay = min(self.decay**EVERY, (1 + n) / (10 + n))
-        get_ema_multi_avg_fn(decay)(average, weights, updates)
+    def _update(self) -> None:
+        # A smaller decay at first, so that the average soon forgets the initial weights; the first update is a copy.
+        decay = min(self.decay**EVERY, (1 + self.updates) / (10 + self.updates)) if self.updates else 0
+        weights, averages = map(list, zip(*self._pairs(), strict=True))
+        # torch's `AveragedModel` would also copy its count of updates to the device, and wait for that.
+        get_ema_multi_avg_fn(decay)(averages, weights, self.updates)
+        self.updates += 1
+
+    def _pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Every weight and norm statistic of the network, with its average."""
+        tensors = (chain(m.parameters(), m.buffers()) for m in (get_model(self.model), self.average))
+        return (pair for pair in zip(*tensors, strict=True) if pair[0].is_floating_point())  # batch norm counts batches
 
     def _exchange(self, swapped: bool) -> None:
         """Swap the network's weights with the average, or back; nothing is copied or rounded."""
-        if self.swapped != swapped and self.average.n_averaged:
-            pairs = (chain(m.parameters(), m.buffers()) for m in (get_model(self.model), self.average.module))
-            for ours, average in zip(*pairs, strict=True):
+        if self.swapped != swapped and self.updates:
+            for ours, average in self._pairs():
                 ours.data, average.data = average.data, ours.data
             self.swapped = swapped
 
     def state_dict(self) -> dict:
-        return {"average": self.average.state_dict(), "swapped": self.swapped}
+        return {"average": self.average.state_dict(), "updates": self.updates, "swapped": self.swapped}
 
     def load_state_dict(self, state: dict):
         self.average.load_state_dict(state["average"])
-        self.swapped = state["swapped"]
+        self.updates, self.swapped = state["updates"], state["swapped"]

@@ -19,7 +19,7 @@ from fastai.torch_core import num_distrib, rank_distrib
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from errors import InputError
+from errors import InputError, Stopped
 
 
 @contextmanager
@@ -35,11 +35,17 @@ def joined() -> Iterator[None]:
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     except (ValueError, RuntimeError) as e:
         raise InputError(f"WORLD_SIZE is {num_distrib()}, but the processes do not find each other: {e}") from e
+    in_step = False
     try:
         with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere) if rank_distrib() else nullcontext():
             yield
+        in_step = True
+    except (InputError, Stopped) as e:
+        in_step = e.__cause__ is None  # all processes raise it; one with a cause explains a fault in this one
+        raise
     finally:
-        dist.destroy_process_group()
+        if in_step:  # else NCCL would wait here for a process that is gone, and nothing would be said
+            dist.destroy_process_group()
 
 
 def on_rank0(func: Callable, *args) -> Any:
