@@ -23,7 +23,8 @@ class Cutout(A.ImageOnlyTransform):
     """Fill one `size` x `size` square, at a uniformly random place inside the image, with `fill` (RGB, 0..255).
 
     Equal in distribution to `A.CoarseDropout` with one hole of that size, which also draws the number of holes and
-    their sizes and takes several times as long. Source: DeVries and Taylor, "Cutout" (2017), section 3.
+    their sizes and takes several times as long. Source: DeVries and Taylor, "Cutout" (2017), section 3, where a square
+    may stick out of the image; Page's cifar10-fast has it inside.
     """
 
     def __init__(self, size: int = 8, fill: Sequence[int] = (125, 123, 114), p: float = 1.0):
@@ -47,7 +48,8 @@ def train_transforms(
     """Pad by `pad` reflected pixels, crop `size` x `size` at random, flip with probability `flip`, and fill one
     `cutout` x `cutout` square with `fill` (RGB, 0..255); 0 for no square. uint8 (size, size, 3) → the same.
 
-    Source of pad, crop and flip: He et al., "Deep Residual Learning" (2015), section 4.2.
+    Source of pad, crop and flip: He et al., "Deep Residual Learning" (2015), section 4.2; of the reflection: Page's
+    cifar10-fast.
     """
     steps = [
         A.PadIfNeeded(size + 2 * pad, size + 2 * pad, border_mode=cv2.BORDER_REFLECT_101),

@@ -1,7 +1,7 @@
 """The network: a 9-layer residual network for 32x32 images, a plain `nn.Module` that needs torch alone.
 
-The layout is that of David Page's `cifar10-fast` network (https://myrtle.ai/learn/how-to-train-your-resnet/, part 4)
-plus a bias in the classifier: 6,573,130 parameters at the defaults.
+The layout is that of David Page's `cifar10-fast` network (https://myrtle.ai/learn/how-to-train-your-resnet/, part 4),
+pooled before the norm, as in his part 8, and with a bias in the classifier: 6,573,130 parameters at the defaults.
 """
 
 from math import gcd

@@ -72,7 +72,8 @@ class Cyclic(Curve):
     """Linearly up from `base` (a fraction of the peak) to the peak and back, `cycles` times.
 
     The amplitude is constant ("triangular"), halves with every cycle ("triangular2"), or decays exponentially to the
-    fraction `final` ("exp_range": the paper's gamma to the power of the number of iterations).
+    fraction `final` ("exp_range": the paper's gamma to the power of the number of iterations; as in torch, `base` does
+    not decay).
     Source: Smith, "Cyclical Learning Rates for Training Neural Networks" (2017), section 3.1.
     """
 
@@ -154,7 +155,8 @@ class Recipe:
             raise InputError(f"flips is {self.flips!r}: it must be one of {', '.join(FLIPS)}")
 
 
-# David Page's cifar10-fast, `dawn.py`: the same network, and the starting point of ours.
+# David Page's cifar10-fast, `dawn.py`, and the starting point of ours. His network pools after the ReLU, and each of
+# his learning rates comes a step earlier.
 ANCESTOR = Recipe(
     data="cifar10",
     epochs=24,  # its author's, for 94 %
@@ -165,7 +167,7 @@ ANCESTOR = Recipe(
     nesterov=True,  # looks ahead, which damps the swings at a high learning rate
     wd=5e-4,  # as in most recipes for CIFAR-10; without it, weights before batch norm grow, which shrinks their steps
     label_smoothing=0.0,
-    logit_scale=0.125,  # max-pooled features are large: unscaled, the loss starts at 3.4 instead of ln 10 = 2.3
+    logit_scale=0.125,  # max-pooled features are large: unscaled, the loss starts at 3 to 4 instead of ln 10 = 2.3
     width=64,  # 6.6 M parameters
     flip=0.5,  # a mirrored photograph is as good
     flips="random",
@@ -184,7 +186,7 @@ TORCH_ONE_CYCLE = Linear(((0, 1 / 256), (488.216 / 2352, 1), (2351 / 2352, 0), (
 SEED = replace(ANCESTOR, lr=0.1, schedule=TORCH_ONE_CYCLE, nesterov=False, wd=0.0, logit_scale=1.0)
 # What Page's "bag of tricks" found for this network, as far as it leaves the layers alone, with Jordan's alternating
 # flips and Muon; results/README.md has what each gained there, and here. Page's fast norm biases (`norm_bias_lr` 64,
-# with logits x 1/16) are left out: he has CELU, and behind ReLU they cost more than they gain.
+# with logits x 1/16) are left out: at width 16 they cost 0.7 points, perhaps because he has CELU where we have ReLU.
 FAST = replace(
     ANCESTOR,
     # A cosine up to the peak and down to a tenth of it: with averaged weights, the rate need not fall to zero.

@@ -63,7 +63,7 @@ class Muon(torch.optim.SGD):
     A convolution's step is its momentum made orthogonal, which changes every direction of the layer equally. Its
     weights are rescaled to a fixed norm before each step instead of decayed: the norm layer behind them cancels their
     scale. `scale` multiplies their learning rate; `dtype` is that of the orthogonalisation. torch's own Muon takes
-    matrices only.
+    matrices only. Source of the fixed norm: Jordan's cifar10-airbench, `airbench94_muon.py`.
     """
 
     dtype = torch.float32
