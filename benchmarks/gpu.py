@@ -1,4 +1,4 @@
-"""Measure on a GPU what cannot be measured without one, in at most eight minutes.
+"""Measure on a GPU what cannot be measured without one, in some seventy epochs.
 
     python benchmarks/gpu.py                   all parts; each is written to results/gpu.json once it is measured
     python benchmarks/gpu.py --only compile    one part

@@ -19,7 +19,7 @@ With fastai, in Python $python (`pip install fastai huggingface_hub toml`):
 ```python
 from huggingface_hub import from_pretrained_fastai
 
-learn = from_pretrained_fastai("USER/NAME")  # the Hub's or this folder; it runs model.pkl: do you trust its author?
+learn = from_pretrained_fastai("USER/NAME")  # the Hub's; it runs the code in model.pkl: do you trust its author?
 label, index, probabilities = learn.predict("picture.png")
 ```
 """)
@@ -59,7 +59,7 @@ def write_card(run: Path, options: Options, result: dict, note: str = "") -> Non
         but=f", but for the best epoch in {precision}" if earlier and precision != "fp32" else "",
         command=options.command(result["processes"], out=None, resume=None, max_minutes=None),
         settings=markdown_table(("setting", "value"), settings(result)),
-        seconds=f"{result['seconds']:.0f}",
+        seconds=f"{sum(row['seconds'] for row in result['history']):.0f}",
         code=code(result),
         versions=", ".join(f"{name} {version}" for name, version in result["versions"].items()),
         with_fastai=WITH_FASTAI.substitute(python=python) if has_learner else "",

@@ -212,6 +212,13 @@ def test_the_card_links_to_the_code(run, tmp_path):
         assert f"\nCode: {line}.\n" in (tmp_path / "README.md").read_text()
 
 
+def test_the_card_counts_the_time_of_all_starts(run, tmp_path):
+    result = json.loads((run / "result.json").read_text())
+    history = [row | {"seconds": 100.0} for row in result["history"]]
+    write_card(tmp_path, Options(**result["options"]), result | {"seconds": 1.0, "history": history})
+    assert f"took {100 * len(history)} seconds on cpu" in (tmp_path / "README.md").read_text()
+
+
 def test_a_run_keeps_an_image_of_each_class(run):
     table = load_images("digits")
     for label in range(10):
