@@ -128,7 +128,7 @@ def save_comparison(
     widths = {run["width"] for runs in groups.values() for run in runs}
     title = first["source"] + (f", width {first['width']}" if len(widths) == 1 else "")
     images = "test set" if first["valid"] == "test" else "hold-out"
-    figure, axes = new_axes(title, "epoch", f"accuracy on the {images} in %")
+    figure, axes = new_axes(title, "epoch", f"accuracy on the {images} in %", (7, 4.8))
     for (name, runs), color, marker in zip(groups.items(), COLORS, "os^DvPX*", strict=False):
         curves = np.array([[100 * row["valid_accuracy"] for row in run["history"]] for run in runs])
         x, last = range(1, curves.shape[1] + 1), np.mean([100 * run["last_accuracy"] for run in runs])
@@ -142,7 +142,9 @@ def save_comparison(
     if marks:
         axes.set_ylim(bottom=min(marks.values()) - BELOW)  # leaves out the first epochs, to spread the end
     axes.xaxis.get_major_locator().set_params(integer=True)
-    for text in axes.legend(frameon=False, loc="lower right").get_texts():
+    columns = 1 if max(map(len, axes.get_legend_handles_labels()[1])) > 50 else 2
+    legend = figure.legend(frameon=False, loc="outside lower center", ncols=columns, fontsize="small")
+    for text in legend.get_texts():
         text.set(**AS_IT_IS)
     save_figure(figure, path, comment)
 

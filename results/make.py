@@ -12,7 +12,6 @@ import re
 import sys
 from collections import defaultdict
 from functools import partial
-from operator import itemgetter
 from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Annotated
@@ -73,13 +72,20 @@ def unchanged(groups: dict[str, list[dict]]) -> dict[str, list[dict]]:
     return {name: groups[name] for name in names if name in groups}
 
 
+def front(found: Results) -> Results:
+    """The runs of the README's first screen: unchanged recipes on CIFAR-10's test set, in the widest network of all."""
+    tested = {
+        place: unchanged(groups) for place, groups in found.items() if (place[0], place[2]) == ("cifar10", "test")
+    }
+    widest = max((place[1] for place, groups in tested.items() if groups), default=None)
+    return {place: groups for place, groups in tested.items() if groups and place[1] == widest}
+
+
 def front_table(found: Results) -> str:
-    """The README's first table: one line for each unchanged recipe and network on CIFAR-10."""
+    """The README's first table: one line for each recipe."""
     rows = []
-    for (source, width, valid, precision), groups in found.items():
-        if (source, valid) != ("cifar10", "test"):
-            continue
-        for name, runs in unchanged(groups).items():
+    for (_, width, _, precision), groups in front(found).items():
+        for name, runs in groups.items():
             last, tta = percent(runs), percent(runs, "tta_accuracy")
             network = f"{runs[0]['parameters'] / 1e6:.2f} M parameters" + ("" if width == 64 else f", width {width}")
             seconds, machine = epoch_time(runs)
@@ -212,9 +218,8 @@ def made_pictures() -> dict[Path, tuple]:
     for place, groups in tested.items():
         if len(groups) > 1:
             pictures[HERE / f"{file_name(*place)}.png"] = (save_comparison, groups)
-    ours = [(place[1], unchanged(groups)) for place, groups in tested.items() if place[0] == "cifar10"]
-    if ours := [(width, groups) for width, groups in ours if groups]:
-        pictures[HERE / "curves.png"] = (save_front_curves, max(ours, key=itemgetter(0))[1])
+    if ours := front(tested):
+        pictures[HERE / "curves.png"] = (save_front_curves, next(iter(ours.values())))
     return pictures
 
 

@@ -71,6 +71,7 @@ def test_runs_become_lines_and_a_picture(place, tmp_path):
     assert readme.count("by hand") == 4
     front = (tmp_path / "README.md").read_text()
     assert "fast, 24 epochs | 6.57 M parameters | 2 | 91.00 ± 1.41 | 91.00 ± 0.00 | 1 on a GPU, in fp32" in front
+    assert "30.00" not in front, "that of a narrower network"
     rows = [
         [cell.strip() for cell in line.split("|")[2:-1]] for line in readme.splitlines() if " epochs | width" in line
     ]
