@@ -3,6 +3,7 @@
 import io
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import fastai.vision.data  # noqa: F401  tells show_batch how to draw images
@@ -95,6 +96,7 @@ def get_dls(
     mean, std = table.train_stats()
     if min(std) == 0:
         raise InputError(f"{table.name}: a colour channel has one value in all images; there is nothing to learn from")
+    table = replace(table, stats=(mean, std))  # else a view of the training images alone would compute its own
     augmentation = {"fill": [round(255 * m) for m in mean], **augmentation}
     alternating = flips == "alternating" and augmentation.get("flip", 1) > 0
     if alternating:

@@ -18,6 +18,8 @@ from scipy.stats import chi2_contingency, chisquare, kstest
 from aug import BitRandom, Cutout, KeyedAugment, train_transforms
 from data import get_dls
 from images.table import ImageTable
+from options import Options
+from training.learner import new_learner
 
 N = 64
 
@@ -263,3 +265,25 @@ def test_validation_images_are_never_augmented():
 
 def test_the_pipeline_is_an_albumentations_compose():
     assert isinstance(train_transforms(), A.Compose)
+
+
+@pytest.mark.parametrize(("flips", "flip"), [("alternating", None), ("random", None), ("random", 0.0)])
+def test_the_options_of_the_augmentation_reach_the_images(flips, flip):
+    options = Options(data="digits", width=2, pad=0, cutout=5, flips=flips, flip=flip)
+    dls = new_learner(options, torch.device("cpu")).dls
+    table, augment = dls.train_ds.items, dls.train.after_item.augment.pipeline
+    images, fill = table.batch(range(N))[0], [round(255 * m) for m in table.train_stats()[0]]
+    mirrored = []
+    for epoch in (0, 1):
+        out = augment(images, epoch, range(N), range(N))
+        hole = (out == fill).all(-1)
+        assert hole.sum((1, 2)).min() == 5 * 5
+        as_is, turned = (((out == x) | hole[..., None]).all((1, 2, 3)) for x in (images, images[:, :, ::-1]))
+        assert (as_is | turned).all()
+        mirrored.append(turned & ~as_is)
+    changed = (mirrored[0] != mirrored[1]).mean()
+    if flips == "alternating":
+        assert changed == 1
+        assert 0 < mirrored[0].mean() < 1
+    else:
+        assert (changed == 0) if flip == 0 else (0 < changed < 1)

@@ -60,6 +60,14 @@ def test_other_sizes_modes_and_suffixes_become_32x32_rgb(image_folder):
     assert (table.images[5] == 100).all(), "rgba.png"
 
 
+def test_larger_images_are_resized_smoothly(image_folder):
+    root, across = image_folder(train=0), np.tile(np.arange(0, 256, 4, dtype=np.uint8), (64, 1))
+    for name in ("cat", "dog"):
+        Image.fromarray(across).save(root / "train" / name / "a.png")
+    found = load_images(root).images[0, :, 1:-1, 0].astype(int)
+    assert (abs(found - (8 * np.arange(1, 31) + 2)) <= 1).all(), "the mean of the two pixels there"
+
+
 def test_every_kind_of_pixel_is_converted(image_folder):
     root = image_folder(train=0)
     grey = np.arange(1024, dtype=np.uint16).reshape(32, 32) * 64
@@ -294,9 +302,9 @@ class Darken(Transform):
         return PILImage.create(np.asarray(image) // 2 + np.uint8(amount))
 
 
-def uint8_epochs(transform=None, workers=0, share=(0, 1), n=2):
+def uint8_epochs(transform=None, workers=0, share=(0, 1), n=2, seed=3):
     """The pixels and labels of the first `n` epochs."""
-    train = get_dls("digits", bs=256, seed=3, workers=workers, device="cpu").train
+    train = get_dls("digits", bs=256, seed=seed, workers=workers, device="cpu").train
     if transform is not None:
         train.after_item.add(transform)
     train.after_batch = Pipeline([])
@@ -323,6 +331,8 @@ def test_an_item_transform_is_applied_and_draws_by_the_same_keys():
     assert len(amounts[:, 0].unique()) > 40
     first, second = amounts[:, 0].chunk(2)
     assert not torch.equal(first, second)
+    other = uint8_epochs(Darken(), seed=4, n=1)[0].short() - uint8_epochs(seed=4, n=1)[0] // 2
+    assert not torch.equal(first, other.flatten(1)[:, 0]), "another seed draws other amounts"
 
 
 def test_an_item_transform_leaves_the_generators_that_training_draws_from():

@@ -52,6 +52,20 @@ def test_one_cycle_is_fit_one_cycle_and_draws_its_rates(tmp_path):
     assert [schedule.lr(0.1, i / n) for i in range(n)] == pytest.approx(ours.recorder.lrs)
 
 
+def test_fast_keeps_its_momentum_and_ends_at_a_tenth_of_its_peak(tmp_path):
+    learn = trained(tmp_path, lambda learn: FAST.schedule.fit(learn, EPOCHS, 0.1))
+    lrs, n = learn.recorder.lrs, len(learn.recorder.lrs)
+    assert set(learn.recorder.hps["mom"]) == {FAST.momentum}
+    assert lrs == pytest.approx([FAST.schedule.lr(0.1, i / n) for i in range(n)])
+    assert 0.01 < lrs[-1] < 0.015
+
+
+@pytest.mark.parametrize("name", ["fast", "seed"])
+def test_nesterov_is_the_recipes(tmp_path, name):
+    learn = trained(tmp_path, lambda learn: learn.create_opt(), RECIPES[name])
+    assert learn.opt.opt.param_groups[0]["nesterov"] is (name == "fast")
+
+
 @pytest.mark.parametrize("name", ["ancestor", "seed", "cyclic", "cyclic2", "cyclic-exp"])
 def test_every_batch_has_the_learning_rate_of_its_position(tmp_path, name):
     schedule = RECIPES[name].schedule

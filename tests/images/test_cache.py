@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, zipped
 from PIL import Image
 
 from errors import InputError
@@ -70,6 +70,13 @@ def test_every_change_of_the_source_is_noticed(image_folder, decodings):
     (root / "train/owl").mkdir()
     with pytest.raises(InputError, match="owl"):
         load_images(root)
+
+
+def test_another_archive_of_the_same_name_is_noticed(image_folder, tmp_path):
+    root = image_folder()
+    before = load_images(zipped(tmp_path / "a.zip", root))
+    Image.fromarray(np.zeros((32, 32, 3), dtype=np.uint8)).save(root / "train/cat/000.png")
+    assert load_images(zipped(tmp_path / "a.zip", root)).fingerprint() != before.fingerprint()
 
 
 @pytest.mark.parametrize("damage", ["images.npy", "about.json", "labels.npy"])

@@ -212,6 +212,14 @@ def test_the_card_links_to_the_code(run, tmp_path):
         assert f"\nCode: {line}.\n" in (tmp_path / "README.md").read_text()
 
 
+def test_the_hub_is_told_the_last_epochs_accuracy(run, tmp_path):
+    result = json.loads((run / "result.json").read_text()) | {"last_accuracy": 0.25, "best_accuracy": 0.75}
+    write_card(tmp_path, Options(**result["options"]), result)
+    head = (tmp_path / "README.md").read_text().split("---")[1]
+    assert '"value": 0.25' in head
+    assert "0.75" not in head
+
+
 def test_the_card_counts_the_time_of_all_starts(run, tmp_path):
     result = json.loads((run / "result.json").read_text())
     history = [row | {"seconds": 100.0} for row in result["history"]]

@@ -10,18 +10,23 @@ import subprocess
 import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
+from pathlib import Path
 from threading import Thread
 
 import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import RESULT, ROOT
+from conftest import RESULT, ROOT, main
 from fastai.basics import noop
+from fastai.learner import load_learner
 from PIL import Image
 from safetensors.torch import load_file, save, save_file
 
+from data import get_dls
 from errors import InputError
+from recipes import get_recipe
+from train_fastai import get_learner
 from trained import onnx_file
 from trained.header import HEADER
 from trained.learner_file import export
@@ -99,6 +104,36 @@ def test_the_safe_file_holds_the_network_and_what_goes_with_it(learner, safe_fil
     assert (header["last_accuracy"], header["source"]) == (0.98, "digits")
     assert {path.name for path in safe_file.parent.iterdir()} == {"model.safetensors"}
     assert load_file(safe_file).keys() == classifier.network.state_dict().keys(), "others can read it"
+
+
+@pytest.mark.parametrize("norm", ["layer", "group"])
+def test_the_safe_file_keeps_the_norm(tmp_path, norm):
+    learn = get_learner(get_dls("digits", bs=64, flip=0, device="cpu"), get_recipe("demo", width=2), norm)
+    save_safetensors(learn, tmp_path / "model.safetensors", RESULT | {"width": 2, "norm": norm})
+    classifier, _ = load_safetensors(tmp_path / "model.safetensors")
+    x = torch.rand(2, 3, 32, 32)
+    assert torch.allclose(classifier.network(x), learn.model.eval()(x), atol=1e-5)
+
+
+def test_a_run_on_a_hold_out_is_measured_as_its_files_answer(tmp_path, capsys):
+    options = {"recipe": "demo", "width": 2, "epochs": 1, "device": "cpu", "precision": "fp32", "no_lr_find": True}
+    held_out = {"valid": "holdout", "valid_pct": 0.4}
+    run = tmp_path / "run"
+    result = main(**options, **held_out, no_pictures=True, out=str(run))
+    table = get_dls("digits", bs=64, device="cpu", **held_out).valid_ds.items
+    pixels, labels = table.batch(range(len(table)))
+    safe, learned = (load_model(run / name, "cpu").logits(pixels) for name in ("model.safetensors", "model.pkl"))
+    assert np.allclose(safe, learned, atol=1e-4)
+    assert (safe.argmax(1) == labels).mean() == pytest.approx(result["last_accuracy"], abs=1e-6)
+
+
+def test_a_learner_that_was_just_trained_is_exported_for_evaluation(tmp_path):
+    learn = get_learner(get_dls("digits", bs=64, flip=0, device="cpu"), get_recipe("demo", width=2), path=tmp_path)
+    learn.model.train()
+    export(learn, tmp_path / "model.pkl")
+    model, (pixels, _) = load_model(tmp_path / "model.pkl", "cpu"), learn.dls.valid_ds.items.batch(range(8))
+    assert np.allclose(model.logits(pixels)[:1], model.logits(pixels[:1]), atol=1e-5)
+    assert load_learner(tmp_path / "model.pkl").path == Path("."), "no path of this machine"
 
 
 def test_the_same_run_is_the_same_safe_file(learner, tmp_path):

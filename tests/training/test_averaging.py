@@ -14,28 +14,36 @@ from recipes import get_recipe
 from train_fastai import get_learner
 from trained.safe_file import load_safetensors
 
-DECAY, EVERY, EPOCHS, STEPS = 0.9, 5, 2, 22  # steps an epoch
+EVERY, EPOCHS = 5, 2
 OPTIONS = {"recipe": "demo", "width": 2, "device": "cpu", "no_lr_find": True, "no_pictures": True}
 
 
 class Weights(Callback):
-    """Keeps the network's weights after every step, and those that each validation sees."""
+    """Keeps the weights that each epoch starts with, those after every step, and those that each validation sees."""
 
     order = 70  # before they are averaged
 
     def before_fit(self):
-        self.steps, self.seen = [], []
+        self.starts, self.steps, self.seen = [], [], []
+
+    def before_batch(self):
+        if self.training and self.iter == 0:
+            self._keep(self.starts)
 
     def after_batch(self):
-        into = self.steps if self.training else self.seen
+        self._keep(self.steps if self.training else self.seen)
+
+    def _keep(self, into):
         into.append(torch.cat([t.detach().flatten().float() for t in self.model.state_dict().values()]))
 
 
-@pytest.fixture(scope="module")
-def averaged(tmp_path_factory):
-    """A learner, what it saw in training, and what that should have averaged to after each epoch."""
-    recipe, seen = get_recipe("demo", width=2, ema=DECAY), Weights()
-    dls = get_dls("digits", bs=64, flip=0, device="cpu")
+# In the second the decay is below that of the first updates, and the last step of an epoch updates the average.
+@pytest.fixture(scope="module", params=[(0.9, 64, 22), (0.3, 71, 20)])
+def averaged(request, tmp_path_factory):
+    """A learner, what it saw in training, what that should have averaged to after each epoch, and an epoch's steps."""
+    decay, bs, steps = request.param
+    recipe, seen = get_recipe("demo", width=2, ema=decay), Weights()
+    dls = get_dls("digits", bs=bs, flip=0, device="cpu")
     set_seed(0)
     learn = get_learner(dls, recipe, path=tmp_path_factory.mktemp("averaged"))
     with learn.no_bar(), learn.no_logging():
@@ -43,25 +51,25 @@ def averaged(tmp_path_factory):
     kept = seen.steps[EVERY - 1 :: EVERY]
     average, at_end = kept[0], {}
     for i, weights in enumerate(kept):
-        average = torch.lerp(weights, average, min(DECAY**EVERY, (1 + i) / (10 + i)))
-        at_end[(i + 1) * EVERY // STEPS] = average
-        at_end[((i + 1) * EVERY - 1) // STEPS] = average
-    return learn, seen, at_end
+        average = torch.lerp(weights, average, min(decay**EVERY, (1 + i) / (10 + i)) if i else 0)
+        at_end[((i + 1) * EVERY - 1) // steps] = average
+    return learn, seen, at_end, steps
 
 
 def test_validation_sees_the_average_and_training_goes_on_without_it(averaged):
-    learn, seen, at_end = averaged
+    learn, seen, at_end, steps = averaged
     first, last = seen.seen[0], seen.seen[-1]
     float_ = torch.cat([torch.full((t.numel(),), t.is_floating_point()) for t in learn.model.state_dict().values()])
     assert torch.allclose(first[float_], at_end[0][float_], atol=1e-6)
     assert torch.allclose(last[float_], at_end[1][float_], atol=1e-6)
+    assert torch.equal(seen.starts[1][float_], seen.steps[steps - 1][float_])
     moves = [(b - a)[float_].norm() for a, b in pairwise(seen.steps)]
-    assert moves[STEPS - 1] < 2 * max(moves[: STEPS - 1]), "the first step of an epoch starts where the last ended"
-    assert (first - seen.steps[STEPS - 1])[float_].norm() > 1e-3
+    assert moves[steps - 1] < 2 * max(moves[: steps - 1]), "the first step of an epoch starts where the last ended"
+    assert (first - seen.steps[steps - 1])[float_].norm() > 1e-3
 
 
 def test_after_the_fit_the_learner_is_the_average(averaged):
-    learn, seen, _ = averaged
+    learn, seen, *_ = averaged
     now = torch.cat([t.detach().flatten().float() for t in learn.model.state_dict().values()])
     assert torch.equal(now, seen.seen[-1])
     before = learn.validate()
@@ -72,7 +80,7 @@ def test_after_the_fit_the_learner_is_the_average(averaged):
 
 
 def test_the_range_test_averages_nothing(averaged):
-    learn, _, _ = averaged
+    learn, *_ = averaged
     before = {name: t.clone() for name, t in learn.model.state_dict().items()}
     with learn.no_bar(), learn.no_logging():
         learn.lr_find(num_it=12, show_plot=False)

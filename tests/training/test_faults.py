@@ -17,10 +17,10 @@ import train_fastai
 import workers
 from errors import InputError, Lasting, Stopped, run_command
 from files import complete, locked
-from interrupts import stops_raised
+from interrupts import Interrupted, stops_raised
 from training import checkpoint
 from training.description import keep_threads
-from training.faults import faults_explained
+from training.faults import faults_explained, stops_heard
 from training.lr_finder import METHODS, RangeTest
 from training.run import check_out
 
@@ -307,6 +307,27 @@ def test_a_signal_outside_the_fit_is_one_line_and_a_resume_goes_on_behind_it(tmp
     monkeypatch.setattr(train_fastai, "evaluate", evaluate)
     main(resume=str(run))
     assert same(outcome(run), outcome(tmp_path / "whole"))
+
+
+def test_a_second_ctrl_c_ends_at_once(monkeypatch):
+    before, asked = signal.signal(signal.SIGINT, signal.default_int_handler), []
+    try:
+        with stops_heard(asked.append):
+            os.kill(os.getpid(), signal.SIGINT)
+            assert asked == [130]
+            with pytest.raises(Interrupted):
+                os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_a_stop_that_was_asked_for_by_an_option_is_no_failure(capsys):
+    def stop():
+        raise Stopped("stopped after --max-minutes", 0)
+
+    with pytest.raises(SystemExit) as e:
+        run_command(stop)
+    assert e.value.code == 0
 
 
 def test_what_is_ignored_stays_ignored():

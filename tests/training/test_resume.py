@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import random
 import resource
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import time
 
 import matplotlib
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, StopAt, main, outcome, same
@@ -19,6 +21,7 @@ from errors import InputError, Stopped
 from files import leftovers, locked
 from model import CustomResNet
 from recipes import RECIPES
+from training.callbacks import ReduceLR
 from training.checkpoint import load_checkpoint
 
 SMALL = {"data": "digits", "bs": 128, "width": 2, "epochs": 3, "lr": "0.05", "device": "cpu", "no_lr_find": True}
@@ -30,7 +33,9 @@ def names(run):
 
 
 # ALL=1 tries every recipe, which takes minutes
-RUNS = [("fast", 2), ("plateau", 0)] + [(name, n) for name in RECIPES for n in (0, 2) if os.environ.get("ALL")]
+RUNS = [("fast", 2), ("plateau", 0), ("seed", 0)] + [
+    (name, n) for name in RECIPES for n in (0, 2) if os.environ.get("ALL")
+]
 
 
 @pytest.mark.parametrize(("recipe", "workers"), RUNS)
@@ -53,6 +58,47 @@ def test_resumed_is_as_never_stopped(tmp_path, capsys, recipe, workers):
     assert same(outcome(run), outcome(tmp_path / "whole"))
     assert names(run) == names(tmp_path / "whole"), "and no checkpoint is left"
     assert "from epoch 2, batch 12 on" in capsys.readouterr().out
+
+
+class Draws(Callback):
+    """Draws from Python's and from numpy's generator at every batch."""
+
+    def before_fit(self):
+        self.drawn = []
+
+    def before_batch(self):
+        self.drawn.append((random.random(), np.random.rand()))
+
+
+def test_all_random_generators_go_on(tmp_path, capsys):
+    whole, rest, options = Draws(), Draws(), SMALL | {"recipe": "demo", "bs": 256, "epochs": 2}
+    main([whole], **options, out=str(tmp_path / "whole"))
+    with pytest.raises(Stopped):
+        main([Draws(), StopAt(1, 2)], **options, out=str(tmp_path / "stopped"))
+    main([rest], resume=str(tmp_path / "stopped"))
+    assert rest.drawn == whole.drawn[-len(rest.drawn) :]
+
+
+def test_a_plateaus_patience_goes_on():
+    begun, resumed = (ReduceLR("valid_loss", patience=3) for _ in range(2))
+    begun.best, begun.wait = 0.5, 2
+    resumed.load_state_dict(begun.state_dict())
+    assert (resumed.best, resumed.wait) == (0.5, 2)
+
+
+class Break(Callback):
+    """In the second epoch's third batch, the loss is not finite, and somebody asks the training to stop."""
+
+    def before_batch(self):
+        if (self.epoch, self.iter) == (1, 2):
+            self.learn.xb = (self.x * float("nan"),)
+            self.checkpoint.ask_to_stop(143)
+
+
+def test_weights_that_are_no_numbers_are_not_kept(tmp_path, capsys):
+    with pytest.raises(InputError, match="the training loss became nan in epoch 2, batch 3"):
+        main([Break()], **SMALL, recipe="demo", out=str(tmp_path / "run"))
+    assert not (tmp_path / "run/checkpoint.pth").exists()
 
 
 def test_the_peak_of_the_range_test_stays(tmp_path, capsys):
