@@ -293,6 +293,15 @@ def test_the_same_seed_counts_once_and_other_settings_are_another_group(run, tmp
     assert "std" not in said.out, "of one seed each"
 
 
+def test_another_norm_is_another_group(run, tmp_path, capsys):
+    result = json.loads((run / "result.json").read_text())
+    (tmp_path / "result.json").write_text(json.dumps(result | {"norm": "layer", "seed": 4}))
+    report.main(report.Options([str(run), str(tmp_path)], picture=str(tmp_path / "comparison.png")))
+    said = capsys.readouterr().out
+    for norm in ("batch", "layer"):
+        assert f"norm {norm}: accuracy on digits" in said
+
+
 def test_a_band_stays_within_0_and_100_percent(run, tmp_path, monkeypatch):
     bands = []
     monkeypatch.setattr(Axes, "fill_between", lambda self, x, low, high, **how: bands.append((low, high)))

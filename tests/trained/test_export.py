@@ -426,6 +426,7 @@ def run(trained, tmp_path):
         (folder / name).write_bytes((trained / name).read_bytes())
     (folder / "README.md").write_text('# card of "USER/NAME"\n')
     (folder / "result.json").write_text("{}")
+    Image.new("RGB", (2, 2)).save(folder / "loss.png")
     for name in (".lock", ".loss.7.png", "checkpoint.pth", "notes.txt"):  # whose business it is not
         (folder / name).write_text("")
     (folder / "tensorboard").mkdir()
@@ -561,7 +562,8 @@ def test_a_run_is_sent_with_its_card_and_without_logs(run, hub):
     assert (made["name"], made["organization"]) == ("x", "me")
     assert not made.get("private")
     assert header["value"]["summary"] == "Add run"
-    assert {file["value"]["path"] for file in files} == {"README.md", "result.json", "model.safetensors", "model.pkl"}
+    sent_names = {"README.md", "result.json", "model.safetensors", "model.pkl", "loss.png"}
+    assert {file["value"]["path"] for file in files} == sent_names
     card = next(file["value"] for file in files if file["value"]["path"] == "README.md")
     assert base64.b64decode(card["content"]) == b'# card of "me/x"\n'
     sent = {hashlib.sha256(body).hexdigest() for body in hub.store["put"].values()}
