@@ -312,7 +312,7 @@ def test_a_signal_outside_the_fit_is_one_line_and_a_resume_goes_on_behind_it(tmp
     assert same(outcome(run), outcome(tmp_path / "whole"))
 
 
-def test_a_second_ctrl_c_ends_at_once(monkeypatch):
+def test_a_second_ctrl_c_ends_at_once():
     before, asked = signal.signal(signal.SIGINT, signal.default_int_handler), []
     try:
         with stops_heard(asked.append):
