@@ -36,7 +36,7 @@ def get_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as e:  # an unknown name, or one that this torch or machine lacks
         names = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
         names += ["mps"] if torch.backends.mps.is_available() else []
-        if name in names or (name == "cuda" and len(names) > 1):  # one that is full or too old, for example
+        if name in names or f"{name}:0" in names:  # one that is full or too old, for example
             raise InputError(f"--device {name}: {str(e).splitlines()[0]}; pass another device, or cpu") from e
         raise InputError(f"--device {name}: no such device here; this machine has {', '.join(names)}") from None
     if device.index is not None and device.type == "cuda":
