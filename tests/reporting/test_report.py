@@ -109,6 +109,26 @@ def test_the_reliability_of_few_images_is_no_line(drawn, tmp_path):
     assert [text.get_text() for text in lower.get_yticklabels() if text.get_text()][-2:] == ["10", "100"]
 
 
+def test_the_pictures_name_what_is_true_and_what_is_predicted(drawn, tmp_path):
+    e = evaluation([[0.9, 0.1, 0], [0.8, 0.2, 0], [0.1, 0.7, 0.2], [0.3, 0.6, 0.1]], [0, 1, 1, 1])
+    pictures.save_examples(e, np.array([1, 2]), np.zeros((2, 32, 32)), "Some", tmp_path)
+    titles = [axes.get_title() for axes in drawn[0].axes]
+    assert [title for title in titles if title] == ["cat, 80 %\ntrue: dog", "dog, 70 % ✓"]
+
+    pictures.save_confusion(e, tmp_path)
+    (axes,) = drawn[1].axes
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted class", "true class")
+    cells = {(text.get_position(), text.get_text()) for text in axes.texts}
+    assert cells == {((0, 0), "1"), ((0, 1), "1"), ((1, 1), "2")}, "a row for each true class"
+    for labels in (axes.get_xticklabels(), axes.get_yticklabels()):
+        assert [label.get_text() for label in labels] == ["cat", "dog", "owl"]
+
+    pictures.save_classes(e, tmp_path)
+    (axes,) = drawn[2].axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["owl", "dog", "cat"]
+    assert [text.get_text() for text in axes.texts] == ["0.0 % of 0", "66.7 % of 3", "100.0 % of 1"]
+
+
 @pytest.mark.parametrize(("n", "rows"), [(0, 0), (2, 1), (6, 1), (7, 2)])
 def test_a_picture_of_examples_has_room_for_its_rows_and_title(drawn, tmp_path, n, rows):
     e = evaluation([[0.4, 0.6]] * 9, [0] * 9, ("cat", "dog"))

@@ -5,8 +5,9 @@ import sys
 import pytest
 import torch
 from conftest import StopAt, main
+from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
-from fastai.callback.tracker import SaveModelCallback
+from fastai.callback.tracker import SaveModelCallback, TrackerCallback
 from fastai.learner import Recorder
 from fastai.torch_core import set_seed
 
@@ -113,6 +114,21 @@ def test_the_bar_waits_for_no_batch_after_no_bar_either(tmp_path):
         learn.fit(1, 0.01)
     learn.fit(1, 0.01)
     assert type(learn.progress).__name__ == "LazyProgress"
+
+
+class SameAccuracy(Callback):
+    """Every epoch ends with the same accuracy on the validation set."""
+
+    order = TrackerCallback.order - 1
+
+    def after_epoch(self):
+        self.recorder.values[-1][-1] = 0.5
+
+
+def test_of_equal_epochs_the_first_is_the_best(tmp_path, capsys):
+    result = main([SameAccuracy()], data="digits", recipe="demo", width=2, epochs=3, no_lr_find=True, no_pictures=True,
+                  device="cpu", out=str(tmp_path / "run"))  # fmt: skip
+    assert (result["best_epoch"], result["best_accuracy"]) == (1, 0.5)
 
 
 def test_callbacks_of_the_caller_come_on_top(tmp_path):

@@ -121,6 +121,26 @@ def test_stopped_and_resumed_in_bf16_is_as_never_stopped(bf16, tmp_path, capsys)
     assert json.loads((tmp_path / "stopped/result.json").read_text())["precision"] == "bf16"
 
 
+class Scale(Callback):
+    """Keeps the state of the gradient scaler."""
+
+    def after_epoch(self):
+        self.state = self.scaler.state_dict()
+
+
+def test_the_scale_of_fp16_goes_on_after_a_stop(image_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(precision, "obstacle", lambda precision, device: None)
+    monkeypatch.setitem(precision.DTYPES, "fp16", torch.bfloat16)  # a CPU takes minutes for a step in fp16
+    options = SMALL | {"data": str(image_folder(train=16)), "bs": 8, "precision": "fp16", "no_lr_find": True}
+    whole, rest = Scale(), Scale()
+    main([whole], **options, out=str(tmp_path / "whole"))
+    with pytest.raises(Stopped):
+        main([StopAt(0, 2)], **options, out=str(tmp_path / "stopped"))
+    main([rest], resume=str(tmp_path / "stopped"))
+    assert rest.state == whole.state
+    assert whole.state["_growth_tracker"] == 8, "steps without an overflow"
+
+
 def test_a_bf16_run_does_not_go_on_where_it_would_be_emulated(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(precision, "has_bf16", lambda device: True)
     with pytest.raises(Stopped):
