@@ -30,7 +30,6 @@ import json
 import os
 import shlex
 import shutil
-import signal
 import socket
 from collections.abc import Callable
 from importlib.metadata import version
@@ -45,6 +44,7 @@ from matplotlib import colormaps
 from PIL import Image
 
 from images.decoding import FORMATS, MAX_PIXELS, read_image
+from interrupts import NAMES, stops_taken
 from names import markdown, printable
 from trained.classifier import Classifier, grad_cam
 from trained.loading import model_file
@@ -212,13 +212,12 @@ def main(options: Options) -> None:
         print(f"see          {space}\npublish      hf upload USER/NAME {space} --repo-type space")
         return
 
-    def stop(number, frame):
-        raise Stopped(f"stopped by {signal.Signals(number).name}", 128 + number)
+    def stop(number: int):  # gradio would catch a KeyboardInterrupt, and the exit code be 0
+        raise Stopped(f"stopped by {NAMES[number]}", 128 + number)
 
-    for number in (signal.SIGTERM, signal.SIGHUP):  # else the uploads would not be deleted
-        signal.signal(number, stop)
-    with TemporaryDirectory(prefix="custom-resnet-", dir=os.environ.get("GRADIO_TEMP_DIR")) as uploads:
-        os.environ["GRADIO_TEMP_DIR"] = uploads
+    uploads = TemporaryDirectory(prefix="custom-resnet-", dir=os.environ.get("GRADIO_TEMP_DIR"))
+    with stops_taken(stop), uploads as folder:
+        os.environ["GRADIO_TEMP_DIR"] = folder
         show(page(file), options.host, options.port)
 
 

@@ -14,6 +14,7 @@ from fastai.data.core import DataLoaders
 from fastai.data.transforms import IntToFloatTensor, Normalize, ToTensor, parent_label
 from fastai.torch_core import default_device
 from fastai.vision.core import PILImage
+from fastcore.basics import num_cpus
 from fasttransform import ItemTransform
 from PIL import Image
 
@@ -81,13 +82,13 @@ def get_dls(
     for name, value, least in (("bs", bs, 2), ("seed", seed, 0), ("workers", 0 if workers is None else workers, 0)):
         if value < least or value >= 2**32:
             raise InputError(f"{name} is {value}: it must be at least {least} and below 2**32")
-    if workers is not None and workers > (most := max(32, 4 * (os.cpu_count() or 1))):
+    if workers is not None and workers > (most := max(32, 4 * num_cpus())):
         raise InputError(f"workers is {workers}: each is a process; at most {most} make sense here")
     if not 0 < valid_pct < 1:
         raise InputError(f"valid_pct is {valid_pct}: it must be above 0 and below 1")
     device = default_device() if device is None else torch.device(device)
     if workers is None:
-        cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        cores = num_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         workers = 0 if device.type == "cpu" else min(8, max(1, cores))
     table = load_images(source)
     train, held_out = _split(table, valid, valid_pct, seed)

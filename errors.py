@@ -129,9 +129,11 @@ def run_command(func: Callable, *args, **kwargs) -> Any:
 def right_option(word: str, options: Sequence[str]) -> str | None:
     """The one of `options` that the unknown option `word` most likely means, None if there is none."""
     word = word.split("=")[0].replace("_", "-")
-    if OTHER_WORDS.get(word, word).split()[0] in options:
-        return OTHER_WORDS.get(word, word)
-    return next(iter([o for o in options if o.startswith(word)] or difflib.get_close_matches(word, options)), None)
+    meant = OTHER_WORDS.get(word, word)
+    if meant.partition(" ")[0] in options:
+        return meant
+    longer = [o for o in options if word and o.startswith(word)]
+    return next(iter(longer or difflib.get_close_matches(word, options)), None)
 
 
 def parse(func: Callable, pos: Sequence[str] = ()) -> Any:
@@ -141,6 +143,8 @@ def parse(func: Callable, pos: Sequence[str] = ()) -> Any:
     abbreviated, and a wrong one is one line with a suggestion, where argparse would print its whole usage first. `pos`
     names arguments that are positional although they have a default.
     """
+    if sys.stderr is None:  # closed: the first warning would be an error, the next file that is opened take its place
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     keep_freed_memory()
     let_idle_threads_sleep()
     end_at_once()
@@ -157,6 +161,6 @@ def parse(func: Callable, pos: Sequence[str] = ()) -> Any:
         options = [o for a in parser._actions for o in a.option_strings if a.help != "==SUPPRESS==" and len(o) > 2]
         near = right_option(unknown[0], options)
         hint = f" (did you mean {near}?)" if near else ""
-        fail(f"unknown option {printable(unknown[0])}{hint}; --help explains all options")
+        fail(f"unknown option {printable(unknown[0]) or repr('')}{hint}; --help explains all options")
     args = {name: value for name, value in vars(parsed).items() if name not in ("pdb", "xtra")}  # call_parse's own
     return run_command(func, **args)

@@ -93,8 +93,7 @@ def locked(folder: Path) -> Iterator[None]:
     except OSError as e:
         if e.errno not in ABSENT:
             os.close(descriptor)
-            what = "another process trains in this folder"
-            raise InputError(f"{folder}: {what}; wait for it, or pass --out PATH") from None
+            raise InputError(f"{folder}: another process trains in this folder; wait for it to end") from None
         print(f"{folder}: no locks there ({e.strerror}); let no other process train in it", file=sys.stderr)
     try:
         yield

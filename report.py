@@ -28,6 +28,8 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
+from matplotlib.figure import Figure
+
 from names import printable
 from recipes import Recipe
 from reporting.pictures import save_comparison
@@ -53,9 +55,11 @@ def grouped(results: list[dict]) -> dict[str, list[dict]]:
 
 def compare(runs: list[Run], picture: Path) -> None:
     """Print a table of accuracies for each recipe, and draw the curves of all runs in one picture."""
+    if picture.suffix[1:].lower() not in (formats := Figure().canvas.get_supported_filetypes()):
+        raise InputError(f"--picture {picture}: its name must end in .png, or in another of {', '.join(formats)}")
     results = sorted((run.result() for run in runs), key=lambda result: (result["recipe"], result["seed"]))
-    for name in ("source", "valid"):
-        if len(values := {result[name] for result in results}) > 1:
+    for name in ("source", "valid", *["valid_pct"] * (results[0]["valid"] == "holdout")):
+        if len(values := {str(result[name]) for result in results}) > 1:
             raise InputError(f"{name} is {' in one, '.join(sorted(values))} in another; compare like with like")
     groups = grouped(results)
     for name, group in groups.items():

@@ -147,7 +147,8 @@ def choose_peak(run: Run, learn: Learner, options: Options) -> float | None:
         save_lr_find(test, run / "lr_find.png", chosen)
     print(f"range test   {test}")
     if options.lr_find_only:
-        again = options.command(run.config()["processes"], lr="LR", lr_find_only=False, out=None)
+        fresh = {"out": None, "resume": None, "max_minutes": None}
+        again = options.command(run.config()["processes"], lr="LR", lr_find_only=False, **fresh)
         curve = run / ("lr_find.csv" if options.no_pictures else "lr_find.png")
         print(f"see          {printable(str(curve))}\ntrain        {again}")
     elif peak is None:

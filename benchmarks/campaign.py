@@ -12,7 +12,6 @@ has finished. Use a separate clone, at a commit, so that no edit of the code aff
 import csv
 import os
 import shlex
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -26,10 +25,12 @@ from typing import Annotated
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[1] / "results"))
 
+from fastcore.basics import num_cpus
 from figures import file_name, take_in
 
 from errors import InputError, Stopped, parse
 from files import locked
+from interrupts import Interrupted
 from recipes import RECIPES
 from training.run import Run
 
@@ -135,19 +136,15 @@ def tell(line: str) -> None:
 
 @contextmanager
 def ended(active: dict[Training, subprocess.Popen]) -> Iterator[None]:
-    """Within this, Ctrl-C and SIGTERM stop all active runs, each with a checkpoint."""
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    """Within this, Ctrl-C, SIGTERM and SIGHUP stop all active runs, each with a checkpoint."""
     try:
         yield
-    except (KeyboardInterrupt, SystemExit) as e:
+    except Interrupted as e:
         for process in active.values():
             process.terminate()
         for process in active.values():
             process.wait()
-        code = 130 if isinstance(e, KeyboardInterrupt) else 143
-        raise Stopped("stopped, with a checkpoint of each run; the same command resumes them", code) from None
-    finally:
-        signal.signal(signal.SIGTERM, before)
+        raise Stopped("stopped, with a checkpoint of each run; the same command resumes them", e.code) from None
 
 
 def work(runs: list[Training], jobs: int, threads: str, results: Path) -> int:
@@ -202,7 +199,7 @@ def main(
     todo = trainings(runs, options, range(first_seed, first_seed + seeds), folder)
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
-        threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
+        threads = os.environ.get("OMP_NUM_THREADS", str(max(1, num_cpus() // jobs)))
         failed = work(todo, jobs, threads, kept)
     tell(f"{len(todo) - failed} of {len(todo)} runs have finished; python results/make.py makes tables of them")
     if failed:

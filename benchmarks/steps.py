@@ -11,6 +11,7 @@ import torch
 from fastai.callback.core import Callback
 from fastai.learner import Learner
 from fastai.metrics import accuracy
+from fastcore.basics import num_cpus
 from loaders import transforms_as_documented
 from ways import BS, documented, erasing, noise, torchvision_loader
 
@@ -18,7 +19,6 @@ from data import get_dls
 from model import CustomResNet
 from recipes import get_recipe
 from train_fastai import get_learner
-from trained.device import CUBLAS_WORKSPACE, set_deterministic
 from training.callbacks import CompiledTraining
 from training.history import RunLog
 from training.precision import DTYPES, choose_precision
@@ -91,7 +91,6 @@ def steps(
     history, best weights.
     """
     gpu, precision = device.type == "cuda", choose_precision(precision, device)
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", CUBLAS_WORKSPACE)  # cuBLAS reads it once, at its first product
     table, folder = noise(images, images // 5 if gpu else 2), tempfile.TemporaryDirectory()
     one_batch = get_dls(table, workers=0, device=device).train.one_batch()
 
@@ -109,33 +108,18 @@ def steps(
             learn.add_cb(CompiledTraining(learn))
         return lambda: fit(learn, RunLog())
 
-    def repeatable():
-        epoch = ours()
-
-        def deterministic():
-            set_deterministic(True, device)
-            torch.backends.cudnn.benchmark = False  # as get_learner has it then
-            try:
-                return epoch()
-            finally:
-                set_deterministic(False, device)
-                torch.backends.cudnn.benchmark = True
-
-        return deterministic
-
     dls = get_dls(table, device=device)
     ways = {BARE: hand_written(fixed), BY_HAND: hand_written(lambda: dls.train), OURS: ours()}
     ways[MUON] = ours(muon=get_recipe("fast").muon)
     if compiled:
         ways |= {f"{BARE}, compiled": hand_written(fixed, True), f"{OURS}, compiled": ours(True)}
     if gpu:
-        workers = min(16, os.cpu_count())  # fastai's default
+        workers = min(16, num_cpus())  # fastai's default
         plain = torchvision_loader(table, workers, pin=True)
         erased = torchvision_loader(table, workers, erasing(), pin=True)
         usual = documented(table, transforms_as_documented(), workers, device)
         learn = Learner(usual, CustomResNet(width=width), metrics=accuracy, path=folder.name).to_fp16()
         ways |= {
-            f"{OURS}, deterministic": repeatable(),
             "peer: hand-written loop, torchvision's loader": hand_written(lambda: plain),
             "peer: the same with RandomErasing": hand_written(lambda: erased),
             "peer: fastai's Learner, its loader as documented": lambda: fit(learn),
@@ -164,8 +148,6 @@ def summary(rows: list[dict]) -> str:
     ]
     if MUON in best:
         lines.append(f"Muon: {best[MUON] / best[OURS]:.3f} x the time of SGD's steps")
-    if f"{OURS}, deterministic" in best:
-        lines.append(f"--deterministic: {best[f'{OURS}, deterministic'] / best[OURS]:.2f} x the time")
     if f"{OURS}, compiled" in best:
         lines.append(f"compiled: {best[OURS] / best[f'{OURS}, compiled']:.2f} x as fast, first epoch left out")
     return "\n".join(lines)

@@ -1,5 +1,6 @@
 """The pictures of runs, drawn on matplotlib's `Figure`, so that a notebook's figures and backend are left alone."""
 
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -129,7 +130,7 @@ def save_comparison(
     title = first["source"] + (f", width {first['width']}" if len(widths) == 1 else "")
     images = "test set" if first["valid"] == "test" else "hold-out"
     figure, axes = new_axes(title, "epoch", f"accuracy on the {images} in %", (7, 4.8))
-    for (name, runs), color, marker in zip(groups.items(), COLORS, "os^DvPX*", strict=False):
+    for (name, runs), color, marker in zip(groups.items(), cycle(COLORS), cycle("os^DvPX"), strict=False):
         curves = np.array([[100 * row["valid_accuracy"] for row in run["history"]] for run in runs])
         x, last = range(1, curves.shape[1] + 1), np.mean([100 * run["last_accuracy"] for run in runs])
         mean, std = curves.mean(0), curves.std(0, ddof=1) if len(runs) > 1 else 0
@@ -152,7 +153,7 @@ def save_comparison(
 def save_schedules(recipes: dict[str, Recipe], path: Path, comment: str | None = None, svg: bool = False) -> None:
     """The learning rate of each recipe over its epochs; a plateau schedule's initial one is dashed."""
     figure, axes = new_axes("Learning rate", "epoch", "learning rate")
-    for (name, recipe), color in zip(recipes.items(), COLORS, strict=False):
+    for (name, recipe), color in zip(recipes.items(), cycle(COLORS), strict=False):
         position = np.linspace(0, 1, 1000)
         if isinstance(recipe.schedule, Curve):
             lr, style = [recipe.schedule.lr(recipe.lr, p) for p in position], "-"

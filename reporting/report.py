@@ -69,7 +69,8 @@ def draw_again(run: Run, device: str, pictures: bool = True) -> None:
     result = on_rank0(run.result)
     _, options = on_rank0(read_config, run.folder)
     with locked(run.folder) if is_rank0() else nullcontext():
-        learn = new_learner(options, get_device(device))  # the images are read in turns
+        # In fp32, as the figures are measured, and without workers: this machine may be another than the run's.
+        learn = new_learner(replace(options, precision="fp32", workers=0), get_device(device))  # images in turns
         if not is_rank0():
             return
         if learn.dls.train_ds.items.fingerprint() != result["fingerprint"]:

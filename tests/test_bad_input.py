@@ -586,6 +586,12 @@ def test_bad_options(refusal, arguments, expected):
     assert expected in refusal(*arguments.split())
 
 
+@pytest.mark.parametrize("word", ["", " ", "="])
+def test_a_word_of_nothing(refusal, word):
+    """As of a shell variable that is not set."""
+    assert f"unknown option {word or repr(word)}; --help explains all options\n" in refusal(word)
+
+
 @pytest.mark.parametrize("content", [b"", b"words", b"[]", b"{}", b'"options"', b'{"options": [1]}', b"\xff\xfe", b"["])
 def test_a_run_folder_of_something_else(tmp_path, refusal, content):
     (tmp_path / "config.json").write_bytes(content)

@@ -90,7 +90,7 @@ def test_a_gpu_that_cannot_be_used_is_reported_with_the_reason(two_gpus, monkeyp
 
 def test_cublas_is_told_to_be_repeatable_before_the_first_product(monkeypatch):
     """cuBLAS reads it once: what comes later is an error under `use_deterministic_algorithms`."""
-    import steps
+    import gpu
 
     seen = []
 
@@ -99,9 +99,9 @@ def test_cublas_is_told_to_be_repeatable_before_the_first_product(monkeypatch):
         raise InterruptedError
 
     monkeypatch.setattr(os, "environ", {k: v for k, v in os.environ.items() if k != "CUBLAS_WORKSPACE_CONFIG"})
-    monkeypatch.setattr(steps, "get_dls", first_product)
+    monkeypatch.setattr(gpu, "get_device", first_product)
     with pytest.raises(InterruptedError):
-        steps.steps(torch.device("cuda"), width=4, images=512, rounds=1, precision="fp32")
+        gpu.main(gpu.Options(rehearse=True))
     assert seen == [":4096:8"]
 
 

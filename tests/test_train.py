@@ -245,8 +245,10 @@ def test_lr_auto_trains_at_the_suggestion(tmp_path, capsys):
 def test_lr_find_only_stops_there(tmp_path, capsys):
     main(recipe="demo", width=4, device="cpu", out=str(tmp_path / "run"), lr_find_only=True)
     assert files(tmp_path / "run") == {"config.json", "augmentations.png", "lr_find.png", "lr_find.csv", "lr_find.json"}
-    out = capsys.readouterr().out
-    assert "python train_fastai.py --recipe demo --lr LR --width 4 --device cpu" in out
+    command = "\ntrain        python train_fastai.py --recipe demo --lr LR --width 4 --device cpu"
+    assert f"{command}\n" in capsys.readouterr().out
+    main(resume=str(tmp_path / "run"))
+    assert re.search(rf"{command}( --precision \w+)?\n", capsys.readouterr().out), "which is no resume"
 
 
 # Bad input
@@ -290,6 +292,17 @@ def test_a_bug_keeps_its_traceback(tmp_path):
     result = subprocess.run([sys.executable, script], capture_output=True, text=True, env=env)
     assert result.returncode == 1
     assert "ZeroDivisionError" in result.stderr
+
+
+def test_a_closed_stderr_changes_no_exit_code(tmp_path):
+    script = tmp_path / "closed.py"
+    script.write_text(
+        "import warnings\nfrom errors import InputError, lasting_streams, parse\n\ndef main():\n"
+        "    with lasting_streams():\n        warnings.warn('some')\n    raise InputError('bad')\n\nparse(main)\n"
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    for words in ([], ["--nope"]):
+        assert subprocess.run(["sh", "-c", '"$@" 2>&-', "sh", sys.executable, script, *words], env=env).returncode == 2
 
 
 def test_ctrl_c_while_it_imports_is_one_line(tmp_path):

@@ -1,6 +1,5 @@
 """Descriptions of a run, for `config.json` and for the terminal: settings, data, device, code, versions, result."""
 
-import os
 import platform
 import re
 import shlex
@@ -12,6 +11,7 @@ from pathlib import Path
 import torch
 from fastai.learner import Learner
 from fastai.torch_core import num_distrib
+from fastcore.basics import num_cpus
 
 from names import printable
 from options import Options
@@ -54,7 +54,7 @@ def keep_threads(before: dict, device: torch.device) -> None:
 
     before: its `config.json`. The rounding of sums depends on the number of threads.
     """
-    threads, cores = before.get("threads"), len(os.sched_getaffinity(0))
+    threads, cores = before.get("threads"), num_cpus()
     if (
         device.type != "cpu"
         or threads in (None, torch.get_num_threads())
@@ -74,7 +74,7 @@ def processor() -> str:
     except OSError:  # not Linux
         lines = []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return f"{next(names, platform.processor() or platform.machine())}, {os.cpu_count()} cores"
+    return f"{next(names, platform.processor() or platform.machine())}, {num_cpus()} cores"
 
 
 def code_version() -> dict:
@@ -130,8 +130,8 @@ def print_config(config: dict) -> None:
 def print_result(run: Run, options: Options, result: dict) -> None:
     """Print the accuracies, and commands for what to do next."""
     held_out = f"{options.valid_pct:.0%} of the training set" if options.valid == "holdout" else "here the test set"
-    shown = "README.md with all pictures, " if (run / "README.md").exists() else ""
-    files = f"{shown}history.csv, result.json, model.pkl and model.safetensors"
+    names = ("README.md", "history.csv", "result.json", "model.pkl", "model.safetensors")
+    files = ", ".join(name for name in names if (run / name).is_file())  # a full disk can have kept some out
     again = {"seed": options.seed + 1, "out": None, "resume": None, "max_minutes": None}
     print(f"\nlast epoch   {result['last_accuracy']:.2%} accuracy on the validation set, {held_out}")
     if options.tta:

@@ -105,7 +105,8 @@ class Run:
             raise InputError(f"{self}: not the folder of a run that has finished, no result.json ({e.strerror})") from e
         except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise InputError(f"{self}/result.json: not that of a run of this version of the project") from e
-        return {"precision": "fp32", **result}  # what older runs had, before it was an option
+        # what older runs had, before these were options
+        return {"precision": "fp32", "valid_pct": Options.valid_pct, **result}
 
     def write(self, kind: str, content: dict) -> None:
         """Write `content` to `config.json` or `result.json`; kind: "config" or "result"."""

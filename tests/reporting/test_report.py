@@ -279,6 +279,16 @@ def test_it_can_be_drawn_again(run, capsys):
     assert capsys.readouterr().out.splitlines()[-1] == f"see          {run / 'README.md'}"
 
 
+def test_it_can_be_drawn_where_the_precision_and_the_cores_of_the_run_are_not(run, tmp_path, capsys):
+    copy = shutil.copytree(run, tmp_path / "copy")
+    config = json.loads((copy / "config.json").read_text())
+    config["options"] |= {"precision": "fp16", "workers": 10**6}
+    (copy / "config.json").write_text(json.dumps(config))
+    report.main(report.Options([str(copy)], device="cpu"))
+    assert (copy / "confusion.png").read_bytes() == (run / "confusion.png").read_bytes()
+    assert "--precision fp16" in (copy / "README.md").read_text(), "the command of the run"
+
+
 def test_runs_are_compared(run, tmp_path, capsys):
     result = json.loads((run / "result.json").read_text())
     folders = [str(run)]
@@ -355,6 +365,29 @@ def test_what_cannot_be_compared_is_one_line(run, tmp_path, monkeypatch, capsys,
     assert expected in errors
     assert errors.count("\n") == 1
     assert not picture.exists()
+
+
+def test_hold_outs_of_another_size_are_not_compared(run, tmp_path):
+    result = json.loads((run / "result.json").read_text())
+    for name, part in (("a", 0.1), ("b", 0.2)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "result.json").write_text(json.dumps(result | {"valid": "holdout", "valid_pct": part}))
+    with pytest.raises(InputError, match=r"^valid_pct is 0\.1 in one, 0\.2 in another; compare like with like$"):
+        report.main(report.Options([str(tmp_path / "a"), str(tmp_path / "b")]))
+
+
+@pytest.mark.parametrize("name", ["comparison", "comparison.doc"])
+def test_a_picture_of_no_known_format_is_one_line(run, tmp_path, name):
+    with pytest.raises(InputError, match=rf"^--picture {name}: its name must end in \.png, or in another of .*svg"):
+        report.main(report.Options([str(run), str(run)], picture=name))
+
+
+def test_every_group_is_drawn(drawn, run, tmp_path):
+    result = json.loads((run / "result.json").read_text())
+    save_comparison({str(i): [result] for i in range(12)}, tmp_path / "comparison.png")
+    (axes,) = drawn[0].axes
+    looks = {(line.get_color(), line.get_marker()) for line in axes.lines}
+    assert len(looks) == len(axes.lines) == 12
 
 
 def test_no_name_is_markup(image_folder, tmp_path, capsys):

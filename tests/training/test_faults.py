@@ -17,7 +17,7 @@ import train_fastai
 import workers
 from errors import InputError, Lasting, Stopped, run_command
 from files import complete, locked
-from interrupts import Interrupted, stops_raised
+from interrupts import Interrupted, stops_raised, stops_taken
 from training import checkpoint
 from training.description import keep_threads
 from training.faults import faults_explained, stops_heard
@@ -206,7 +206,7 @@ def test_a_model_pkl_that_fails_does_not_take_the_result_with_it(tmp_path, capsy
         main(**TINY, out=str(run), cbs=InTheWay())
     assert json.loads((run / "result.json").read_text())["epochs"] == 2
     assert (run / "model.safetensors").exists()
-    assert "last epoch   " in capsys.readouterr().out
+    assert f"run folder   {run}: history.csv, result.json, model.safetensors from" in capsys.readouterr().out
     (run / "model.pkl").rmdir()
     main(resume=str(run))
     learn = load_learner(run / "model.pkl")
@@ -340,6 +340,23 @@ def test_what_is_ignored_stays_ignored():
             os.kill(os.getpid(), signal.SIGHUP)
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_a_signal_while_the_handlers_are_put_back_is_heard(monkeypatch):
+    heard, put = [], signal.signal
+
+    def put_back(number, handler):
+        put(number, handler)
+        if number == signal.SIGINT:  # the first of them
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    before = put(signal.SIGINT, signal.default_int_handler)
+    try:
+        with stops_taken(heard.append):
+            monkeypatch.setattr(signal, "signal", put_back)
+        assert heard == [signal.SIGTERM]
+    finally:
+        put(signal.SIGINT, before)
 
 
 def test_a_training_outlives_whoever_reads_it():
