@@ -25,6 +25,7 @@ from images.sources import load_images
 from images.table import ImageTable
 from loader import Augment, KeyedDL
 from recipes import FLIPS
+from trained.learner_file import carry_our_code
 
 VALID = ("test", "holdout")
 
@@ -86,6 +87,7 @@ def get_dls(
         raise InputError(f"workers is {workers}: each is a process; at most {most} make sense here")
     if not 0 < valid_pct < 1:
         raise InputError(f"valid_pct is {valid_pct}: it must be above 0 and below 1")
+    carry_our_code()  # for whoever exports a learner of their own with these loaders
     device = default_device() if device is None else torch.device(device)
     if workers is None:
         cores = num_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))

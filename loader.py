@@ -17,6 +17,7 @@ from images.table import ImageTable
 from workers import Key, Workers
 
 APART = 2**32  # epochs from here on are never trained on
+HOOKS = ("create_item", "do_batch", "create_batch", "retain")  # functions that fastai lets a user replace
 
 
 class Augment(Transform):
@@ -40,17 +41,17 @@ class Batches:
     """Builds a loader's batches by key: an epoch, positions in it, and the rows of the `ImageTable` at these."""
 
     def __init__(self, loader: "KeyedDL"):
-        self.dataset, self.seed, self.transforms = loader.dataset, loader.seed or 0, list(loader.after_item.fs)
-        self.augments = [t for t in self.transforms if isinstance(t, Augment) and t.split_idx == self.dataset.split_idx]
+        self.dataset, self.seed, self.steps = loader.dataset, loader.seed or 0, _steps(loader)
+        self.augments = [t for t in self.steps if isinstance(t, Augment) and t.split_idx == self.dataset.split_idx]
         self.by_item = None
-        if not all(isinstance(t, Augment | ToTensor) for t in self.transforms):
+        if not all(isinstance(t, Augment | ToTensor) for t in self.steps):
             with _generators_kept():  # a new loader draws its seed from Python's generator
                 self.by_item = TfmdDL.new(loader, cls=TfmdDL, num_workers=0)
             self.by_item.before_iter()  # tells its pipelines whether these are training images, by split_idx
 
     def suits(self, loader: "KeyedDL") -> bool:
         """Whether the loader still has the transforms that this was made with."""
-        return self.transforms == list(loader.after_item.fs)
+        return self.steps == _steps(loader)
 
     def build(self, epoch: int, positions: range, rows: np.ndarray) -> tuple:
         """uint8 (n, 3, 32, 32) and n labels as fastai's tensors, or what the user's item transforms make of them."""
@@ -75,8 +76,9 @@ class KeyedDL(TfmdDL):
     """A `TfmdDL` that builds whole uint8 batches of an `ImageTable`, and makes floats of them on the device.
 
     With a `seed`, order and augmentation depend on (seed, epoch, position) alone. `epoch` counts how often the loader
-    has been iterated; set it to repeat an epoch. With item transforms of the user's own it builds batches item by item,
-    as fastai does, with the same keys. Items that are not an `ImageTable` (`test_dl`, `predict`) go fastai's usual way.
+    has been iterated; set it to repeat an epoch. With transforms or functions of the user's own it builds batches item
+    by item, as fastai does, with the same keys. Items that are not an `ImageTable` (`test_dl`, `predict`) go fastai's
+    usual way.
     """
 
     def __init__(self, dataset, *args, seed: int | None = None, **kwargs):
@@ -134,7 +136,7 @@ class KeyedDL(TfmdDL):
         self.pin_memory = self.fake_l.pin_memory = on_gpu
 
     def __iter__(self):
-        if not isinstance(self.dataset.items, ImageTable):
+        if not isinstance(getattr(self.dataset, "items", None), ImageTable):
             yield from super().__iter__()
             return
         self.randomize()
@@ -166,17 +168,18 @@ class KeyedDL(TfmdDL):
         """The key of every batch of `epoch`, or of this process's share of each."""
         keys, (first_epoch, first), (rank, size) = [], self.first, self.share
         order = self.get_idxs() if epoch == self.epoch else self._order(epoch)
-        if not isinstance(order, np.ndarray):  # fastai's own order, which for `show_batch(unique=True)` is endless
-            order = np.fromiter(islice(order, self.n), int)
-        for start in range(first * self.bs if epoch == first_epoch else 0, self.n, self.bs):
-            n = min(self.bs, self.n - start)
+        if not isinstance(order, np.ndarray):  # fastai's; that for `show_batch(unique=True)` is endless
+            order = np.fromiter(order if hasattr(order, "__len__") else islice(order, self.n), int)
+        for start in range(first * self.bs if epoch == first_epoch else 0, len(order), self.bs):
+            n = min(self.bs, len(order) - start)
             share = range(start + n * rank // size, start + n * (rank + 1) // size)
             if share and not (self.drop_last and n < self.bs):
                 keys.append((epoch, share, order[share.start : share.stop]))
         return keys
 
     def get_idxs(self):
-        return super().get_idxs() if self.seed is None else self._order(max(self.epoch, 0))
+        own = self.seed is None or "shuffle_fn" in vars(self)
+        return super().get_idxs() if own else self._order(max(self.epoch, 0))
 
     def _order(self, epoch: int) -> np.ndarray:
         # An array, as a list of numbers takes five times the memory, in every process.
@@ -193,6 +196,11 @@ class KeyedDL(TfmdDL):
         import fastai.vision.learner  # noqa: F401  registers how to draw predictions; takes two seconds to import
 
         return super().show_results(*args, **kwargs)
+
+
+def _steps(loader: KeyedDL) -> list[Callable]:
+    """The transforms of items, and what else a user has put on the way from a row to a batch."""
+    return [*loader.after_item.fs, *loader.before_batch.fs, *(vars(loader)[n] for n in HOOKS if n in vars(loader))]
 
 
 def _typed(x: torch.Tensor, *labels: np.ndarray) -> tuple:

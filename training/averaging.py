@@ -29,6 +29,8 @@ class WeightAverage(Callback):
         return {**self.__dict__, "average": None}
 
     def before_fit(self):
+        if self.learn.fitting:
+            return
         self.run = not hasattr(self, "lr_finder")
         if self.run:
             self.average, self.updates, self.swapped = deepcopy(get_model(self.model)), 0, False
@@ -50,8 +52,9 @@ class WeightAverage(Callback):
             same_buffers(self.model)
 
     def after_fit(self):
-        self._exchange(True)
-        self.average, self.trained = None, False
+        if not self.learn.fitting:
+            self._exchange(True)
+            self.average, self.trained = None, False
 
     def _update(self) -> None:
         # A smaller decay at first, so that the average soon forgets the initial weights; the first update is a copy.

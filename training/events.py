@@ -19,7 +19,35 @@ class StepLearner(Learner):
 
     fastai calls all of them, and those without a handler look for one in the learner and in the network, at eight
     events a step: a millisecond of Python, for which a fast GPU waits.
+
+    `fitting`: whether epochs are being trained; a callback that predicts meanwhile sends a second `before_fit` and
+    `after_fit`, at which what belongs to the training must stay.
     """
+
+    fitting = False
+
+    def __getstate__(self) -> dict:
+        return {**super().__getstate__(), "fitting": False}  # of an export by a callback
+
+    def _do_fit(self):
+        self.fitting = True
+        try:
+            super()._do_fit()
+        finally:
+            self.fitting = False
+
+    def one_batch(self, *args, **kwargs):
+        try:
+            super().one_batch(*args, **kwargs)
+        except BaseException:  # Ctrl-C, or too little memory: no `after_batch` comes
+            if hasattr(self, "autocast"):
+                self.autocast.contexts.close()  # else all that the process computes from now on would be in bf16
+            raise
+
+    def to_channelslast(self, *args, **kwargs):
+        """fastai's, which returns None where the network is channels-last already."""
+        super().to_channelslast(*args, **kwargs)
+        return self
 
     def _call_one(self, event_name):
         if event_name not in STEP:

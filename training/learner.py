@@ -12,7 +12,7 @@ from fastai.data.core import DataLoaders
 from fastai.learner import Learner, Recorder
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
-from fastai.torch_core import set_seed
+from fastai.torch_core import default_device, set_seed
 from fastcore.basics import defaults
 from fastcore.foundation import L
 
@@ -42,7 +42,7 @@ def get_learner(
     """
     carry_our_code()
     recipe = get_recipe(recipe)
-    device = torch.device(dls.device)
+    device = torch.device(getattr(dls, "device", None) or default_device())
     model = CustomResNet(len(dls.vocab), recipe.width, norm, recipe.logit_scale).to(device)
     lazy = {Recorder: LazyRecorder, ProgressCallback: LazyProgress}
     cbs = [*(lazy.get(cb, cb) for cb in defaults.callbacks), ChannelsLast()]

@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import params
+from fastcore.foundation import L
 from torch import Tensor, nn
 
 NAMES = {"lr": "lr", "mom": "momentum", "wd": "weight_decay"}  # fastai's, torch's
@@ -40,6 +41,12 @@ class Hypers(MutableMapping):
 
     def __len__(self) -> int:
         return len(NAMES)
+
+    def __repr__(self) -> str:
+        return repr(self.copy())
+
+    def copy(self) -> dict[str, float]:
+        return dict(self)
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
@@ -122,8 +129,8 @@ class SGD(OptimWrapper):
             group["lr_scale"] = scale
 
     @property
-    def hypers(self) -> list[Hypers]:
-        return [Hypers(group) for group in self.opt.param_groups]
+    def hypers(self) -> L:
+        return L(map(Hypers, self.opt.param_groups))
 
     def _set_hyper(self, name, values):
         for hypers, value in zip(self.hypers, values, strict=True):

@@ -67,7 +67,9 @@ class MixedPrecision(fp16.MixedPrecision):
         return {**self.__dict__, "precision": "fp32", "contexts": ExitStack()}
 
     def before_fit(self):
-        device = torch.device(self.dls.device)  # after `dls.to` it can be a string
+        if self.learn.fitting:
+            return
+        device = next(self.model.parameters()).device
         if why := obstacle(self.precision, device):  # the learner has been moved to another device
             warnings.warn(f"{why}: now in fp32", stacklevel=2)
             self.precision = "fp32"
@@ -82,7 +84,6 @@ class MixedPrecision(fp16.MixedPrecision):
                 warnings.warn(f"{why}: still in {self.precision}" if why else f"now in {wanted}, not {self.precision}",
                               stacklevel=2)  # fmt: skip
                 self.precision = self.precision if why else wanted
-        self.contexts.close()  # left open by a fit that was interrupted within a batch
         settings = {**self.kwargs, "enabled": self.precision == "fp16"}  # the others have the range of fp32
         self.learn.scaler, self.scales = GradScaler(device.type, **settings), L()
         self.fused = getattr(self.opt, "opt", None) if settings["enabled"] else None
@@ -93,7 +94,7 @@ class MixedPrecision(fp16.MixedPrecision):
             self.fused.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
 
     def before_batch(self):
-        mixed, device = self.precision in DTYPES, torch.device(self.dls.device).type
+        mixed, device = self.precision in DTYPES, next(self.model.parameters()).device.type
         self.contexts.enter_context(autocast(device, DTYPES[self.precision]) if mixed else without_tf32())
 
     def after_loss(self):
@@ -117,7 +118,8 @@ class MixedPrecision(fp16.MixedPrecision):
         self.contexts.close()
 
     def after_fit(self):
-        self.learn.scaler, self.scales, self.fused = None, None, None
+        if not self.learn.fitting:
+            self.learn.scaler, self.scales, self.fused = None, None, None
 
 
 @contextmanager

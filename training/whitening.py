@@ -54,7 +54,7 @@ class Whitening(Callback):
 
     def before_fit(self):
         self.conv = next(m for m in self.model.modules() if isinstance(m, nn.Conv2d))
-        self.metric = (self.matrix.T @ self.matrix).to(self.dls.device)
+        self.metric = (self.matrix.T @ self.matrix).to(self.conv.weight.device)
 
     def before_step(self):
         grad = self.conv.weight.grad

@@ -90,6 +90,25 @@ def safe_file(learner, tmp_path):
     return path
 
 
+def test_what_somebody_exports_with_our_loaders_needs_nothing_of_this_project_either(tmp_path):
+    script = """
+import sys
+from fastai.learner import Learner, load_learner
+from torch import nn
+from data import get_dls
+Learner(get_dls("digits", device="cpu"), nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)), nn.CrossEntropyLoss(),
+        path=".").export()
+root = sys.path.pop(0)
+for name, module in list(sys.modules.items()):
+    if (getattr(module, "__file__", None) or "").startswith(root):
+        del sys.modules[name]
+print(len(load_learner("export.pkl").dls.vocab), "loader" in sys.modules)
+"""
+    words = [sys.executable, "-c", f"import sys; sys.path[0] = {str(ROOT)!r}\n{script}"]
+    result = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert result.stdout == "10 False\n", result.stderr
+
+
 def test_the_safe_file_holds_the_network_and_what_goes_with_it(learner, safe_file):
     classifier, header = load_safetensors(safe_file)
     pixels, _ = learner.dls.valid_ds.items.batch(list(range(100)))

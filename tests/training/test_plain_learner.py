@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from collections import Counter
 from contextlib import contextmanager
 
 import numpy as np
@@ -17,6 +18,7 @@ from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau, Sa
 from fastai.callback.training import GradientAccumulation, GradientClip, ShortEpochCallback
 from fastai.data.block import CategoryBlock, DataBlock
 from fastai.data.core import DataLoaders
+from fastai.data.load import DataLoader, fa_collate
 from fastai.data.transforms import GrandparentSplitter, ItemGetter, Normalize, get_image_files, parent_label
 from fastai.interpret import ClassificationInterpretation, Interpretation
 from fastai.learner import Learner, load_learner
@@ -27,9 +29,11 @@ from fastai.torch_core import TensorImage, set_seed
 from fastai.vision.augment import Flip
 from fastai.vision.core import PILImage, image2tensor
 from fastai.vision.data import ImageBlock
+from fastcore.basics import noop
 from fasttransform import Transform
 from matplotlib import pyplot as plt
 from PIL import Image
+from torch.utils.data import Subset, TensorDataset
 
 from data import get_dls
 from errors import InputError
@@ -78,9 +82,9 @@ def stock(root, path):
     )  # fmt: skip
 
 
-def ours(root, path, precision="fp32"):
+def ours(root, path, precision="fp32", bs=16, recipe="fast"):
     set_seed(0)
-    return get_learner(get_dls(root, bs=16, device="cpu"), get_recipe("fast", width=2), precision=precision, path=path)
+    return get_learner(get_dls(root, bs=bs, device="cpu"), get_recipe(recipe, width=2), precision=precision, path=path)
 
 
 @contextmanager
@@ -476,6 +480,64 @@ def export(learn, root):
     return loaded.dls.vocab == learn.dls.vocab, kinds(there), len(learn.recorder.lrs)
 
 
+class Look(Callback):
+    """Predicts in the middle of a training."""
+
+    def __init__(self, event):
+        setattr(self, event, self.look)
+
+    def look(self):
+        if not hasattr(self, "gather_preds"):  # fastai's own way to tell: this is no call from within its own
+            self.learn.predict(self.dls.valid_ds[0][0])
+
+
+def predictions_by_a_callback(learn, root):
+    for event in ("before_epoch", "after_train", "after_validate", "after_epoch"):
+        learn.fit(2, cbs=Look(event))
+    return kinds(learn.get_preds())
+
+
+def an_order_of_ones_own(learn, root):
+    train, counts = learn.dls.train, []
+    for n in (20, 50, 80):
+        dl = train.new(drop_last=False)
+        dl.get_idxs = lambda n=n: [i % 50 for i in range(n)]
+        counts.append(sum(len(y) for _, y in dl))
+    some = train.new(dataset=Subset(train.dataset, range(20)))
+    assert counts == [20, 50, 80]
+    return sum(len(y) for _, y in some), kinds(some.one_batch())
+
+
+def functions_of_ones_own(learn, root):
+    called = Counter()
+
+    def noted(name, function):
+        return lambda x: called.update([name]) or function(x)
+
+    learn.dls.add_tfms([Transform(noted("before_batch", noop))], "before_batch", "train")
+    assert [len(y) for _, y in learn.dls.train] == [16] * BATCHES
+    assert called == {"before_batch": BATCHES}
+    train = learn.dls.train.new(create_batch=noted("create_batch", fa_collate), shuffle_fn=noted("shuffle_fn", list))
+    assert [kinds(batch) for batch in train] == [kinds(train.one_batch())] * BATCHES
+    return called
+
+
+def loaders_without_a_device(learn, root):
+    images, labels = torch.randn(32, 3, 32, 32), torch.arange(32) % 10
+    for kind in (torch.utils.data.DataLoader, DataLoader):
+        learn.dls = DataLoaders(*(kind(TensorDataset(images, labels), batch_size=16) for _ in range(2)))
+        learn.fit(1)
+    return len(learn.validate())
+
+
+def hyper_parameters(learn, root):
+    learn.fit(1, 0.02)
+    (first, *_), rates = learn.opt.hypers, learn.opt.hypers.itemgot("lr")
+    assert first.copy()["lr"] == first["lr"] == 0.02
+    assert "'lr': 0.02" in repr(learn.opt.hypers)
+    return rates, learn.to_channelslast(use_amp=False) is learn
+
+
 def metrics(learn, root):
     learn.metrics = [accuracy, error_rate]
     learn.recorder.train_metrics = True
@@ -490,7 +552,8 @@ LINES = [
     fine_tune, rates_that_differ, schedules, lr_find, callbacks_come_and_go, another_optimizer, settings_of_a_fit,
     copies, a_fit_that_fails, short_epochs, gradient_accumulation, cancelled, mixes, save_model, early_stopping,
     csv_logger, interpretation, predictions, loaders_like_these, a_loader_of_another_kind, items, devices_by_name,
-    export, metrics,
+    export, predictions_by_a_callback, an_order_of_ones_own, functions_of_ones_own, loaders_without_a_device,
+    hyper_parameters, metrics,
 ]  # fmt: skip
 for lines in LINES:
     lines.__test__ = False
@@ -516,6 +579,43 @@ def test_loaders_of_fastais_own_train_by_a_recipe_that_does_not_whiten(digits, t
     with quiet(learn):
         learn.fit(1)
         assert len(learn.validate()) == 2
+
+
+class Scalers(Callback):
+    """Keeps the gradient scalers that the training had."""
+
+    def __init__(self):
+        self.had = set()
+
+    def after_step(self):
+        self.had.add(self.scaler)
+
+
+@pytest.mark.parametrize("recipe", ["ancestor", "fast"])
+def test_predictions_by_a_callback_change_no_training(digits, tmp_path, recipe):
+    weights, scalers = [], Scalers()
+    for cbs in ([], [Look("after_validate"), scalers]):
+        learn = ours(digits, tmp_path, bs=10, recipe=recipe)  # five batches an epoch: the last one is averaged
+        with quiet(learn):
+            set_seed(0)
+            learn.fit(2, 0.1, cbs=cbs)
+        weights.append(learn.model.state_dict())
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+    assert len(scalers.had) == 1
+
+
+def test_an_export_by_a_callback_trains_on(digits, tmp_path):
+    class Exports(Callback):
+        def after_epoch(self):
+            self.learn.export()
+
+    learn = ours(digits, tmp_path, bs=10)
+    with quiet(learn):
+        learn.fit(1, cbs=Exports())
+    loaded = load_learner(tmp_path / "export.pkl")
+    loaded.dls = learn.dls
+    with quiet(loaded):
+        loaded.fit(1)
 
 
 def test_looks_and_range_tests_change_no_training(digits, tmp_path):
