@@ -55,8 +55,8 @@ def grouped(results: list[dict]) -> dict[str, list[dict]]:
 
 def compare(runs: list[Run], picture: Path) -> None:
     """Print a table of accuracies for each recipe, and draw the curves of all runs in one picture."""
-    if picture.suffix[1:].lower() not in (formats := Figure().canvas.get_supported_filetypes()):
-        raise InputError(f"--picture {picture}: its name must end in .png, or in another of {', '.join(formats)}")
+    if picture.suffix[1:].lower() not in Figure().canvas.get_supported_filetypes():
+        raise InputError(f"--picture {picture}: no kind of picture; end its name in .png, .svg, .pdf or .jpg")
     results = sorted((run.result() for run in runs), key=lambda result: (result["recipe"], result["seed"]))
     for name in ("source", "valid", *["valid_pct"] * (results[0]["valid"] == "holdout")):
         if len(values := {str(result[name]) for result in results}) > 1:
