@@ -44,7 +44,7 @@ from matplotlib import colormaps
 from PIL import Image
 
 from images.decoding import FORMATS, MAX_PIXELS, read_image
-from interrupts import NAMES, stops_taken
+from interrupts import Interrupted, stops_taken
 from names import markdown, printable
 from trained.classifier import Classifier, grad_cam
 from trained.loading import model_file
@@ -212,8 +212,9 @@ def main(options: Options) -> None:
         print(f"see          {space}\npublish      hf upload USER/NAME {space} --repo-type space")
         return
 
-    def stop(number: int):  # gradio would catch a KeyboardInterrupt, and the exit code be 0
-        raise Stopped(f"stopped by {NAMES[number]}", 128 + number)
+    def stop(number: int):
+        asked = Interrupted(number)
+        raise Stopped(str(asked), asked.code)  # gradio would catch `asked`, a KeyboardInterrupt, and exit with 0
 
     uploads = TemporaryDirectory(prefix="custom-resnet-", dir=os.environ.get("GRADIO_TEMP_DIR"))
     with stops_taken(stop), uploads as folder:

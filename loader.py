@@ -50,7 +50,7 @@ class Batches:
             self.by_item.before_iter()  # tells its pipelines whether these are training images, by split_idx
 
     def suits(self, loader: "KeyedDL") -> bool:
-        """Whether the loader still has the transforms that this was made with."""
+        """Whether the loader still has the transforms and functions that this was made with."""
         return self.steps == _steps(loader)
 
     def build(self, epoch: int, positions: range, rows: np.ndarray) -> tuple:

@@ -374,7 +374,9 @@ def test_hold_outs_of_another_size_are_not_compared(run, tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "result.json").write_text(json.dumps(result | {"valid": "holdout", "valid_pct": part}))
     with pytest.raises(InputError, match=r"^valid_pct is 0\.1 in one, 0\.2 in another; compare like with like$"):
-        report.main(report.Options([str(tmp_path / "a"), str(tmp_path / "b")]))
+        report.main(
+            report.Options([str(tmp_path / "a"), str(tmp_path / "b")], picture=str(tmp_path / "comparison.png"))
+        )
 
 
 @pytest.mark.parametrize("name", ["comparison", "comparison.doc"])
