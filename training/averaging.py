@@ -23,7 +23,7 @@ class WeightAverage(Callback):
     order = 80  # after callbacks that look at the trained weights; the checkpoint comes later and keeps both
 
     def __init__(self, decay: float):
-        self.decay, self.average, self.updates, self.trained, self.swapped = decay, None, 0, False, False
+        self.decay, self.average, self.steps, self.trained, self.swapped = decay, None, 0, False, False
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "average": None}
@@ -33,15 +33,17 @@ class WeightAverage(Callback):
             return
         self.run = not hasattr(self, "lr_finder")
         if self.run:
-            self.average, self.updates, self.swapped = deepcopy(get_model(self.model)), 0, False
+            self.average, self.steps, self.swapped = deepcopy(get_model(self.model)), 0, False
 
     def before_train(self):
         self.trained = False
         self._exchange(False)
 
     def after_batch(self):
-        if self.training and self.train_iter % EVERY == 0:
-            self._update()
+        if self.training:
+            self.steps += 1  # fastai's count starts anew after a prediction by a callback
+            if self.steps % EVERY == 0:
+                self._update(self.steps // EVERY - 1)
 
     def after_train(self):
         self.trained = True
@@ -56,13 +58,12 @@ class WeightAverage(Callback):
             self._exchange(True)
             self.average, self.trained = None, False
 
-    def _update(self) -> None:
+    def _update(self, number: int) -> None:
         # A smaller decay at first, so that the average soon forgets the initial weights; the first update is a copy.
-        decay = min(self.decay**EVERY, (1 + self.updates) / (10 + self.updates)) if self.updates else 0
+        decay = min(self.decay**EVERY, (1 + number) / (10 + number)) if number else 0
         weights, averages = map(list, zip(*self._pairs(), strict=True))
         # torch's `AveragedModel` would also copy its count of updates to the device, and wait for that.
-        get_ema_multi_avg_fn(decay)(averages, weights, self.updates)
-        self.updates += 1
+        get_ema_multi_avg_fn(decay)(averages, weights, number)
 
     def _pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Every weight and norm statistic of the network, with its average."""
@@ -71,14 +72,14 @@ class WeightAverage(Callback):
 
     def _exchange(self, swapped: bool) -> None:
         """Swap the network's weights with the average, or back; nothing is copied or rounded."""
-        if self.swapped != swapped and self.updates:
+        if self.swapped != swapped and self.steps >= EVERY:
             for ours, average in self._pairs():
                 ours.data, average.data = average.data, ours.data
             self.swapped = swapped
 
     def state_dict(self) -> dict:
-        return {"average": self.average.state_dict(), "updates": self.updates, "swapped": self.swapped}
+        return {"average": self.average.state_dict(), "steps": self.steps, "swapped": self.swapped}
 
     def load_state_dict(self, state: dict):
         self.average.load_state_dict(state["average"])
-        self.updates, self.swapped = state["updates"], state["swapped"]
+        self.steps, self.swapped = state["steps"], state["swapped"]

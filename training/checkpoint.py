@@ -19,7 +19,7 @@ from training.history import RunLog
 from training.run import CHECKPOINTS
 
 NAME, BEFORE = CHECKPOINTS
-FORMAT = 4  # changes with what is in the file
+FORMAT = 5  # changes with what is in the file
 EVERY = 10  # seconds between two checkpoints; to write one and flush it to the disk takes a tenth of a second
 STOPS = {1: ("after --max-minutes", 0), 129: ("by SIGHUP", 129), 130: ("by Ctrl-C", 130), 143: ("by SIGTERM", 143)}
 KEYS = {"format", "epoch", "batch", "pct_train", "model", "opt", "scaler", "callbacks", "random", "loader"}

@@ -595,7 +595,7 @@ class Scalers(Callback):
 def test_predictions_by_a_callback_change_no_training(digits, tmp_path, recipe):
     weights, scalers = [], Scalers()
     for cbs in ([], [Look("after_validate"), scalers]):
-        learn = ours(digits, tmp_path, bs=10, recipe=recipe)  # five batches an epoch: the last one is averaged
+        learn = ours(digits, tmp_path, bs=7, recipe=recipe)
         with quiet(learn):
             set_seed(0)
             learn.fit(2, 0.1, cbs=cbs)
