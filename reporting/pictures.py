@@ -191,8 +191,9 @@ def save_confusion(evaluation: Evaluation, path: Path) -> None:
 def save_classes(evaluation: Evaluation, path: Path) -> None:
     """The accuracy of each class, the lowest first; of more than 40 classes, the lowest 40."""
     images, right = evaluation.counts()
+    tried = np.flatnonzero(images)  # of a class of one image a hold-out has none
     accuracies = 100 * right / images.clip(min=1)
-    order = np.argsort(accuracies, kind="stable")[:40]
+    order = tried[np.argsort(accuracies[tried], kind="stable")][:40]
     size = (7, max(2.5, 0.28 * len(order) + 1.2))
     title = f"Accuracy of each class, dashed: of all, {100 * evaluation.right.mean():.2f} %"
     figure, axes = new_axes(title, "accuracy in %", "", size)

@@ -125,8 +125,8 @@ def test_the_pictures_name_what_is_true_and_what_is_predicted(drawn, tmp_path):
 
     pictures.save_classes(e, tmp_path)
     (axes,) = drawn[2].axes
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["owl", "dog", "cat"]
-    assert [text.get_text() for text in axes.texts] == ["0.0 % of 0", "66.7 % of 3", "100.0 % of 1"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["dog", "cat"], "no owl was tried"
+    assert [text.get_text() for text in axes.texts] == ["66.7 % of 3", "100.0 % of 1"]
 
 
 @pytest.mark.parametrize(("n", "rows"), [(0, 0), (2, 1), (6, 1), (7, 2)])
