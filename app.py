@@ -73,13 +73,13 @@ def heat_map(pixels: np.ndarray, heat: np.ndarray) -> np.ndarray:
     return (0.45 * grey[..., None] + 0.55 * 255 * colormaps["inferno"](heat)[..., :3]).astype(np.uint8)
 
 
-def look(classifier: Classifier, model: Model, path: str) -> tuple[dict[str, float], np.ndarray, str]:
+def look(classifier: Classifier, model: Model, path: Path) -> tuple[dict[str, float], np.ndarray, str]:
     """The probability of each class, the picture under its heat map, and how long it took.
 
     Raises InputError or OSError if the file is not a readable image.
     """
     times = [perf_counter()]
-    pixels = np.stack([read_image(Path(path), lambda name: None)])
+    pixels = np.stack([read_image(path, lambda name: None)])
     times.append(perf_counter())
     probabilities = model.probabilities(pixels)[0]
     times.append(perf_counter())
@@ -128,17 +128,23 @@ class Limited:
 def page(file: Path) -> "gradio.Blocks":
     """The page for a model.safetensors, with the examples in the folder `examples` beside it."""
     import gradio as gr
+    from gradio.utils import get_upload_folder
 
     classifier, header = load_safetensors(file)
     model, grey = Model.of_torch(classifier, header, torch.device("cpu")), np.full((1, 32, 32, 3), 128, np.uint8)
     grad_cam(classifier, grey, model.probabilities(grey).argmax(1))  # warm-up: the first time takes 0.1 s longer
 
+    uploads = Path(get_upload_folder()).resolve()
+
     def shown(upload):
         if upload is None:
             return None, None, ""
         try:
-            return look(classifier, model, upload["path"] or "")
-        except (InputError, OSError) as e:  # its own message would show a path of the server
+            path = Path(upload["path"] or "").resolve()
+            if not path.is_relative_to(uploads):  # gradio looks only at a path that is marked as one, `meta`
+                raise InputError(f"{path}: was not uploaded")
+            return look(classifier, model, path)
+        except (InputError, OSError, ValueError) as e:  # its own message would show a path of the server
             raise gr.Error(UNREADABLE, print_exception=False) from e
 
     with gr.Blocks(title="Custom ResNet", analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:  # seconds

@@ -165,10 +165,15 @@ def test_no_other_file_is_shown(url, space):
         assert ask(url, f"/gradio_api/file={path}")[0] == 403, path
     for path in (f"/static/{up}etc/passwd", "/assets/" + "..%2f" * 9 + "etc/passwd", "/gradio_api/proxy=http://a.b/c"):
         assert ask(url, path)[0] in (400, 403, 404), path
-    for path in ("/etc/passwd", f"{space}/model.safetensors", f"{up}etc/passwd"):
-        data = json.dumps({"data": [{"path": path, "meta": {"_type": "gradio.FileData"}}]})
-        event = json.loads(ask(url, "/gradio_api/call/predict", data, Content_Type="application/json")[1])["event_id"]
-        assert b"was not uploaded by a user" in ask(url, f"/gradio_api/call/predict/{event}")[1], path
+    marked = {"meta": {"_type": "gradio.FileData"}}  # gradio looks only at such
+    for path in ("/etc/passwd", f"{space}/examples/03.png", f"{up}etc/passwd", "", "a\0b"):
+        for more in (marked, {}, {"meta": {"_type": "x"}}):
+            data = json.dumps({"data": [{"path": path, **more}]})
+            answer = ask(url, "/gradio_api/call/predict", data, Content_Type="application/json")[1]
+            said = ask(url, f"/gradio_api/call/predict/{json.loads(answer)['event_id']}")[1]
+            refused = (b"was not uploaded by a user", b"null byte", json.dumps(app_module.UNREADABLE).encode())
+            assert said.startswith(b"event: error"), (path, more)
+            assert any(words in said for words in refused), (path, more, said)
 
 
 @pytest.mark.parametrize(
