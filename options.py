@@ -120,7 +120,7 @@ class Options:
     def resumed(self) -> tuple[Path | None, "Options"]:
         """The run to resume and the options it was started with; None and `self` if there is none yet.
 
-        Raises InputError if an option contradicts what the run was started with.
+        Raises InputError if an option that is not at its default contradicts what the run was started with.
         """
         if not self.resume:
             return None, self

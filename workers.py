@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import threading
 import time
 import warnings
@@ -65,6 +66,8 @@ class Workers:
         options = {"num_workers": n, "prefetch_factor": AHEAD, "persistent_workers": True, "timeout": timeout}
         options |= {"collate_fn": noop, "worker_init_fn": partial(begin_worker, os.getpid())}
         options["generator"] = torch.Generator()  # the workers' seeds must not come from the training's generator
+        if sys.platform == "linux":  # from Python 3.14 on, others would be the default, which copy all images
+            options["multiprocessing_context"] = "fork"
         # `begin` puts an epoch's keys into the sampler, a list.
         self.loader = DataLoader(SharedBatches(builder, self.buffers), batch_size=None, sampler=[], **options)
         # Garbage collection alone would close the queues first, and then wait five seconds for each process. The

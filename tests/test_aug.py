@@ -130,6 +130,16 @@ def test_workers_start_once_and_survive_a_broken_off_epoch():
     assert not set(first) & set(third)
 
 
+def test_workers_are_forked_whatever_python_would_do():
+    """From 3.14 on it would start them from a server, which is then their parent."""
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("forkserver", force=True)
+    try:
+        assert draw_epoch(ours(1)) == draw_epoch(ours(0))
+    finally:
+        multiprocessing.set_start_method(before, force=True)
+
+
 def test_batches_stay_as_they_are_while_workers_run_ahead():
     def uint8_batches(workers):
         loader = ours(workers)

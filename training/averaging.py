@@ -29,9 +29,7 @@ class WeightAverage(Callback):
         return {**self.__dict__, "average": None}
 
     def before_fit(self):
-        if self.learn.fitting:
-            return
-        self.run = not hasattr(self, "lr_finder")
+        self.run = not hasattr(self, "lr_finder") and not hasattr(self, "gather_preds")
         if self.run:
             self.average, self.steps, self.swapped = deepcopy(get_model(self.model)), 0, False
 
@@ -39,11 +37,10 @@ class WeightAverage(Callback):
         self.trained = False
         self._exchange(False)
 
-    def after_batch(self):
-        if self.training:
-            self.steps += 1  # fastai's count starts anew after a prediction by a callback
-            if self.steps % EVERY == 0:
-                self._update(self.steps // EVERY - 1)
+    def after_step(self):
+        self.steps += 1
+        if self.steps % EVERY == 0:
+            self._update(self.steps // EVERY - 1)
 
     def after_train(self):
         self.trained = True
@@ -53,10 +50,12 @@ class WeightAverage(Callback):
             self._exchange(True)
             same_buffers(self.model)
 
+    def after_cancel_fit(self):  # before `SaveModelCallback` loads the best weights in `after_fit`
+        self._exchange(True)
+
     def after_fit(self):
-        if not self.learn.fitting:
-            self._exchange(True)
-            self.average, self.trained = None, False
+        self._exchange(True)
+        self.average, self.trained = None, False
 
     def _update(self, number: int) -> None:
         # A smaller decay at first, so that the average soon forgets the initial weights; the first update is a copy.

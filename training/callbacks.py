@@ -176,8 +176,10 @@ class BatchLog(Callback):
             return
         import wandb
 
+        before = sorted((folder / "wandb").glob("*run-*"))  # of a run that is resumed; the name ends in its id
+        past = {"id": before[-1].name.rpartition("-")[2], "resume": "allow"} if before else {}
         try:
-            wandb.init(project="custom-resnet", name=folder.name, dir=folder, config=config)
+            wandb.init(project="custom-resnet", name=folder.name, dir=folder, config=config, **past)
         except wandb.Error as e:
             raise InputError(f"--log wandb: {e}; log in with wandb login, or set WANDB_MODE=offline") from e
         self.write, self.close = wandb.log, wandb.finish

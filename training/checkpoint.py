@@ -67,8 +67,9 @@ class Checkpoint(Callback):
         self.opt.load_state_dict(self.state["opt"])
         if self.state["scaler"] is not None:
             self.learn.scaler.load_state_dict(self.state["scaler"])
-        for cb in self._kept_callbacks():
-            cb.load_state_dict(self.state["callbacks"][type(cb).__name__])
+        for name, cb in self._kept_callbacks().items():
+            if name in self.state["callbacks"]:  # else the caller has added it since
+                cb.load_state_dict(self.state["callbacks"][name])
         _restore_generators(self.state["random"])
         self.dls.train.begin_at(*self.state["loader"])
 
@@ -107,9 +108,14 @@ class Checkpoint(Callback):
             why, self.code = STOPS[code]  # asked after the last batch
             self.stopped = f"{why} after the last epoch"
 
-    def _kept_callbacks(self) -> list[Callback]:
-        # Looked up in the class, as fastai looks up a callback's missing attributes in the learner.
-        return [cb for cb in self.learn.cbs if hasattr(type(cb), "state_dict")]
+    def _kept_callbacks(self) -> dict[str, Callback]:
+        """Those with a `state_dict`, by the name of their class and their number among those of that class."""
+        kept = {}
+        for cb in self.learn.cbs:
+            # Looked up in the class, as fastai looks up a callback's missing attributes in the learner.
+            if hasattr(type(cb), "state_dict"):
+                kept[f"{type(cb).__name__} {sum(type(cb) is type(other) for other in kept.values())}"] = cb
+        return kept
 
     def _save(self, epoch: int, batch: int) -> None:
         states = get_random_states()
@@ -124,7 +130,7 @@ class Checkpoint(Callback):
             "model": get_model(self.model).state_dict(),
             "opt": _without_numpy(self.opt.state_dict()),
             "scaler": scaler and scaler.state_dict(),
-            "callbacks": {type(cb).__name__: cb.state_dict() for cb in self._kept_callbacks()},
+            "callbacks": {name: cb.state_dict() for name, cb in self._kept_callbacks().items()},
             "random": {**states, "numpy_state": (name, keys.tolist(), *rest)},
             "loader": (train.epoch, batch) if batch else (train.epoch + 1, 0),
         }

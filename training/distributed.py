@@ -155,7 +155,7 @@ class AllRanks(Callback):
 
     def after_validate(self):
         self.learn.model = self.wrapped
-        for metric in [self.recorder.loss, *self.learn.metrics]:
+        for metric in [self.recorder.loss, *self.learn.metrics] if hasattr(self, "recorder") else ():
             sums = [torch.as_tensor(s, device=self.dls.device) for s in (metric.total, metric.count)]
             metric.total, metric.count = total(torch.stack([s.float().as_subclass(Tensor) for s in sums]))
 

@@ -67,8 +67,6 @@ class MixedPrecision(fp16.MixedPrecision):
         return {**self.__dict__, "precision": "fp32", "contexts": ExitStack()}
 
     def before_fit(self):
-        if self.learn.fitting:
-            return
         device = next(self.model.parameters()).device
         if why := obstacle(self.precision, device):  # the learner has been moved to another device
             warnings.warn(f"{why}: now in fp32", stacklevel=2)
@@ -118,8 +116,7 @@ class MixedPrecision(fp16.MixedPrecision):
         self.contexts.close()
 
     def after_fit(self):
-        if not self.learn.fitting:
-            self.learn.scaler, self.scales, self.fused = None, None, None
+        self.learn.scaler, self.scales, self.fused = None, None, None
 
 
 @contextmanager

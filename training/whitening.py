@@ -4,6 +4,7 @@ Source: Page, "How to Train Your ResNet" (2019), part 8, "bag of tricks".
 """
 
 import torch
+from fastai.callback import fp16
 from fastai.callback.core import Callback
 from fastai.data.core import DataLoaders
 from torch import Tensor, nn
@@ -42,7 +43,7 @@ class Whitening(Callback):
     matrix^T matrix; weight decay and momentum are the same in both. `start` turns initial weights C into W.
     """
 
-    order = 5  # before the gradient scaler's step
+    order = fp16.MixedPrecision.order - 2  # after `GradientAccumulation`, before the gradient scaler's step
 
     def __init__(self, matrix: Tensor):
         self.matrix = matrix

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 from conftest import ROOT, main
@@ -61,6 +62,19 @@ def test_wandb_without_a_network_and_without_a_key(tmp_path):
     assert result.returncode == 2
     assert "--log wandb: " in result.stderr
     assert result.stderr.endswith("log in with wandb login, or set WANDB_MODE=offline\n")
+
+
+def test_a_resumed_run_goes_on_with_its_run_of_wandb(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    for step in (1, 2):
+        log = BatchLog("wandb", tmp_path)
+        log.write({"train_loss": 0.5}, step)
+        log.close()
+        time.sleep(1)  # folders are named by the second
+    ids = [path.name.rpartition("-")[2] for path in (tmp_path / "wandb").glob("offline-run-*")]
+    assert len(ids) == 2
+    assert len(set(ids)) == 1
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
-from fastai.callback.core import Callback, CancelBatchException, CancelTrainException
+from fastai.callback.core import Callback, CancelBatchException, CancelFitException, CancelTrainException
 from fastai.callback.data import PartialDL, WeightedDL
 from fastai.callback.mixup import CutMix, MixUp
 from fastai.callback.progress import CSVLogger
@@ -481,19 +481,34 @@ def export(learn, root):
 
 
 class Look(Callback):
-    """Predicts in the middle of a training."""
+    """Does something with the learner at these events in the middle of a training."""
 
-    def __init__(self, event):
-        setattr(self, event, self.look)
+    def __init__(self, do, *events):
+        self.do, self.looking = do, False
+        for event in events:
+            setattr(self, event, self.look)
 
     def look(self):
-        if not hasattr(self, "gather_preds"):  # fastai's own way to tell: this is no call from within its own
-            self.learn.predict(self.dls.valid_ds[0][0])
+        if not self.looking:  # what it does has such events, too
+            self.looking = True
+            self.do(self.learn)
+            self.looking = False
+
+
+def predict(learn):
+    learn.predict(learn.dls.valid_ds[0][0])
+
+
+def validate(learn):
+    assert len(learn.validate()) == 2
+
+
+PARTS = ("before_epoch", "after_train", "after_validate", "after_epoch")
 
 
 def predictions_by_a_callback(learn, root):
-    for event in ("before_epoch", "after_train", "after_validate", "after_epoch"):
-        learn.fit(2, cbs=Look(event))
+    for event in PARTS:
+        learn.fit(2, cbs=Look(predict, event))
     return kinds(learn.get_preds())
 
 
@@ -591,17 +606,65 @@ class Scalers(Callback):
         self.had.add(self.scaler)
 
 
-@pytest.mark.parametrize("recipe", ["ancestor", "fast"])
-def test_predictions_by_a_callback_change_no_training(digits, tmp_path, recipe):
-    weights, scalers = [], Scalers()
-    for cbs in ([], [Look("after_validate"), scalers]):
+@pytest.mark.parametrize(
+    ("recipe", "do", "events"),
+    [
+        ("ancestor", predict, PARTS),
+        ("fast", predict, PARTS),
+        ("fast", validate, PARTS),
+        ("fast", lambda learn: learn.tta(n=1), PARTS[1:]),  # it counts in `epoch`
+    ],
+    ids=["predict", "predict, averaged", "validate", "tta"],
+)
+def test_looks_by_a_callback_change_no_training(digits, tmp_path, recipe, do, events):
+    weights, records, scalers = [], [], Scalers()
+    for cbs in ([], [Look(do, *events), scalers]):
         learn = ours(digits, tmp_path, bs=7, recipe=recipe)
         with quiet(learn):
             set_seed(0)
-            learn.fit(2, 0.1, cbs=cbs)
+            learn.fit_one_cycle(2, 0.1, cbs=cbs)
         weights.append(learn.model.state_dict())
+        records.append((learn.recorder.values, list(map(float, learn.recorder.lrs)), learn.train_iter))
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+    assert records[0] == records[1]
     assert len(scalers.had) == 1
+
+
+def test_a_callback_validates_on_other_images(digits, tmp_path):
+    learn, found = ours(digits, tmp_path), []
+    few = learn.dls.test_dl(get_image_files(digits / "test")[:3], with_labels=True)
+    with quiet(learn):
+        learn.fit(1, cbs=Look(lambda learn: found.append(learn.validate(dl=few)), "after_epoch"))
+        assert found == [learn.validate(dl=few)]
+
+
+def test_accumulated_batches_are_as_one(digits, tmp_path):
+    """What a recipe does with gradients and steps, it does once for all that `GradientAccumulation` puts together."""
+
+    def change(bs, cbs):
+        set_seed(0)
+        dls = get_dls(digits, bs=bs, device="cpu")  # group norm, as batch norm takes the statistics of smaller batches
+        learn = get_learner(dls, get_recipe("fast", width=2), "group", "fp32", path=tmp_path)
+        before = [p.detach().clone() for p in learn.model.parameters()]
+        with quiet(learn):
+            learn.fit(2, 0.001, cbs=cbs)  # six steps; the average begins at the fifth
+        return [(p.detach() - b) for p, b in zip(learn.model.parameters(), before, strict=True)]
+
+    for whole, accumulated in zip(change(16, []), change(8, [GradientAccumulation(16)]), strict=True):
+        assert (whole - accumulated).norm() < 0.01 * whole.norm()
+
+
+def test_the_best_weights_stay_after_a_cancelled_fit(digits, tmp_path):
+    class Cancel(Callback):
+        def after_batch(self):
+            if (self.epoch, self.iter) == (2, 6):  # the average has gone on since the last epoch
+                raise CancelFitException
+
+    learn = ours(digits, tmp_path, bs=5)
+    with quiet(learn):
+        learn.fit(3, 0.1, cbs=[SaveModelCallback(monitor="accuracy"), Cancel()])
+    best = torch.load(tmp_path / "models/model.pth", weights_only=True)
+    assert all(torch.equal(value, best[name]) for name, value in learn.model.state_dict().items())
 
 
 def test_an_export_by_a_callback_trains_on(digits, tmp_path):

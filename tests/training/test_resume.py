@@ -79,6 +79,41 @@ def test_all_random_generators_go_on(tmp_path, capsys):
     assert rest.drawn == whole.drawn[-len(rest.drawn) :]
 
 
+class Counts(Callback):
+    """Counts batches, and predicts between the parts of an epoch."""
+
+    def __init__(self, start=0):
+        self.count = start
+
+    def after_batch(self):
+        self.count += 1
+
+    def after_train(self):
+        self.learn.predict(self.dls.valid_ds[0][0])
+
+    after_epoch = after_train
+
+    def state_dict(self):
+        return {"count": self.count}
+
+    def load_state_dict(self, state):
+        self.count = state["count"]
+
+
+def test_callbacks_of_ones_own_go_on(tmp_path, capsys):
+    """Also two of one class, and one that was not there when the run was started."""
+    options = SMALL | {"recipe": "fast", "bs": 256}
+    main(**options, out=str(tmp_path / "whole"))
+    begun, resumed = [Counts(), Counts(1000)], [Counts(), Counts(), Counts()]
+    with pytest.raises(Stopped):
+        main([*begun, StopAt(1, 2)], **options, out=str(tmp_path / "stopped"))
+    main(resumed, resume=str(tmp_path / "stopped"))
+    rest = resumed[2].count
+    assert rest > 0
+    assert [cb.count for cb in resumed[:2]] == [cb.count + rest for cb in begun]
+    assert same(outcome(tmp_path / "stopped"), outcome(tmp_path / "whole"))
+
+
 def test_a_plateaus_patience_goes_on():
     begun, resumed = (ReduceLR("valid_loss", patience=3) for _ in range(2))
     begun.best, begun.wait = 0.5, 2
