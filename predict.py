@@ -74,17 +74,16 @@ def find_images(words: Iterable[str], fail: Callable[[str], None]) -> Iterator[P
     for word in words:
         path = os.path.expanduser(word)  # the shell does not expand a ~ in quotes
         if word == "-":
-            yield from listed()
-            continue
-        if os.path.isdir(path):
-            found = images_in(path, fail)
+            found = listed()
+        elif os.path.isdir(path):
+            found = sorted(images_in(path, fail))
         elif has_magic(word) and not os.path.exists(path):
-            found = [name for name in glob(path, recursive=True) if not os.path.isdir(name)]
+            found = sorted(Path(name) for name in glob(path, recursive=True) if not os.path.isdir(name))
         else:
-            found = [path]
+            found = [Path(path)]
         if not found:
             fail(f"{word}: no image there")
-        yield from sorted(map(Path, found))
+        yield from found
 
 
 def listed() -> list[Path]:
@@ -97,12 +96,19 @@ def listed() -> list[Path]:
         raise InputError(f"-: the list of images cannot be read ({e.strerror})") from e
 
 
-def images_in(folder: str, fail: Callable[[str], None]) -> list[str]:
-    """The images in it and below; calls `fail` for a folder that cannot be read."""
-    found = []
-    for where, _, names in os.walk(folder, onerror=lambda e: fail(f"{e.filename}: cannot be read ({e.strerror})")):
+def images_in(folder: str, fail: Callable[[str], None]) -> list[Path]:
+    """The images in it and below, hidden ones aside; calls `fail` for a folder that cannot be read."""
+
+    def refuse(e: OSError) -> None:
+        fail(f"{e.filename}: cannot be read ({e.strerror})")
+
+    found, seen = [], set()
+    for where, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
+        seen.add(os.path.realpath(where))  # a link may lead back
+        below = [name for name in folders if os.path.realpath(os.path.join(where, name)) not in seen]
+        folders[:] = [name for name in below if not name.startswith(".")]
         images = [name for name in names if name.lower().endswith(SUFFIXES) and not name.startswith(".")]
-        found += [os.path.join(where, name) for name in images]
+        found += [Path(where, name) for name in images]
     return found
 
 
@@ -162,6 +168,8 @@ def evaluation(rows: Rows, paths: list[Path], classes: list[str]) -> dict:
     image is read, for one whose folder is not named as a class.
     """
     for path in paths:
+        if not os.path.lexists(path):
+            raise InputError(f"{path}: no such file or folder")
         if path.absolute().parent.name not in classes:
             some = ", ".join(classes[:12]) + (" …" if len(classes) > 12 else "")
             raise InputError(f"{path}: --eval takes images in folders named as the model's classes: {some}")
@@ -193,7 +201,8 @@ def print_evaluation(result: dict, options: Options) -> None:
         print(f"{'class':<{width}}  images  accuracy  most often taken for")
         for name, row in rows:
             accuracy = "–" if row["accuracy"] is None else f"{100 * row['accuracy']:.2f} %"
-            other = f"{printable(row['taken_for'])}, {row['times']} times" if row.get("taken_for") else ""
+            often = "once" if row.get("times") == 1 else f"{row.get('times')} times"
+            other = f"{printable(row['taken_for'])}, {often}" if row.get("taken_for") else ""
             print(f"{printable(name):<{width}}  {row['images']:>6}  {accuracy:>8}  {other}".rstrip())
 
 

@@ -264,8 +264,9 @@ def test_a_labelled_folder_gives_accuracy_and_a_table_of_classes(learner, traine
     lines = run(trained, trained / "digits", "--eval")[1].splitlines()
     assert lines[0].split() == ["class", "images", "accuracy", "most", "often", "taken", "for"]
     assert lines[-1].split() == ["all", str(len(right)), f"{100 * right.mean():.2f}", "%"]
-    other = result["classes"][worst]["taken_for"]
-    assert lines[1 + int(worst)].endswith(f" %  {other}, {result['classes'][worst]['times']} times")
+    row = result["classes"][worst]
+    often = "once" if row["times"] == 1 else f"{row['times']} times"
+    assert lines[1 + int(worst)].endswith(f" %  {row['taken_for']}, {often}")
     table = list(csv.DictReader(io.StringIO(run(trained, trained / "digits", "--eval", "--csv")[1])))
     assert [row["class"] for row in table] == [*RESULT["classes"], ""]
     assert float(table[-1]["accuracy"]) == right.mean()
@@ -294,6 +295,28 @@ def test_folders_that_are_no_classes_are_named_before_the_work_starts(trained, r
     code, out, err = run(trained, root / "val", "--eval")
     assert (code, out) == (2, "")
     assert "val/cat/000.png: --eval takes images in folders named as the model's classes: 0, 1, 2" in err
+    err = run(trained, "nowhere", "--eval")[2]
+    assert err == "predict.py: error: nowhere: no such file or folder\n"
+
+
+def test_linked_folders_count_and_hidden_ones_do_not(trained, run, tmp_path):
+    """As they do in training."""
+    three, seven = (next((trained / "digits" / name).iterdir()) for name in "37")
+    for name, source in (("real", three), ("test/7", seven), ("test/7/.ipynb_checkpoints", seven)):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "a.png").write_bytes(source.read_bytes())
+    (tmp_path / "test/3").symlink_to(tmp_path / "real")
+    (tmp_path / "real/back").symlink_to(tmp_path / "test")
+    code, out, err = run(trained, tmp_path / "test", "--eval", "--json")
+    assert (code, err) == (0, "")
+    found = json.loads(out)
+    assert found["images"] == found["classes"]["3"]["images"] + found["classes"]["7"]["images"] == 2
+
+
+def test_an_empty_list_is_no_result(trained, run):
+    assert run(trained, "-", "--eval", "--json")[0::2] == (
+        1, "predict.py: -: no image there\npredict.py: 1 could not be used\n",
+    )  # fmt: skip
 
 
 # What goes wrong
