@@ -1,4 +1,7 @@
-"""What a user sees when the input is bad: one line on stderr and exit code 2; a bug in the code keeps its traceback."""
+"""The command line, and what a user sees when the input is bad: one line on stderr and exit code 2.
+
+A bug in the code keeps its traceback.
+"""
 
 import difflib
 import os
@@ -141,7 +144,8 @@ def parse(func: Callable, pos: Sequence[str] = ()) -> Any:
 
     Like fastcore's `call_parse`, which reads options, types and help from the signature, but strict: options cannot be
     abbreviated, and a wrong one is one line with a suggestion, where argparse would print its whole usage first. `pos`
-    names arguments that are positional although they have a default.
+    names arguments that are positional although they have a default. Prepares the process, too, as `startup` and
+    `interrupts` have it: threads, memory, Ctrl-C.
     """
     if sys.stderr is None:  # closed: the first warning would be an error, the next file that is opened take its place
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115

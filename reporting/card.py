@@ -90,7 +90,8 @@ def model_index(result: dict) -> dict:
 
 def figures(result: dict) -> list[tuple[str, str, str]]:
     """Name, value and a comment for each accuracy and the calibration error."""
-    best = f"epoch {result['best_epoch']}, chosen on these images: optimistic"
+    optimistic = result["best_accuracy"] > result["last_accuracy"]
+    best = f"epoch {result['best_epoch']}{', chosen on these images: optimistic' if optimistic else ''}"
     best = "the last one" if result["best_epoch"] == result["epochs"] else best
     rows = [
         ("accuracy after the last epoch", "last_accuracy", "the headline"),

@@ -136,7 +136,9 @@ def print_result(run: Run, options: Options, result: dict) -> None:
     print(f"\nlast epoch   {result['last_accuracy']:.2%} accuracy on the validation set, {held_out}")
     if options.tta:
         print(f"with TTA     {result['tta_accuracy']:.2%}, averaged over each image and its mirror image")
-    chosen = f" in epoch {result['best_epoch']}, chosen on the validation set, so a little too good to quote"
+    optimistic = result["best_accuracy"] > result["last_accuracy"]
+    chosen = f" in epoch {result['best_epoch']}"
+    chosen += ", chosen on the validation set, so a little too good to quote" if optimistic else ""
     print(f"""\
 best epoch   {result["best_accuracy"]:.2%}{", the last one" if result["best_epoch"] == result["epochs"] else chosen}
 run folder   {printable(str(run))}: {files} from the last epoch, models/last.pth, models/best.pth

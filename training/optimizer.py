@@ -105,7 +105,7 @@ class Muon(torch.optim.SGD):
 
 
 class SGD(OptimWrapper):
-    """torch's SGD, which has the Nesterov momentum that fastai's lacks, and updates all parameters at once.
+    """torch's SGD, which has the Nesterov momentum that fastai's lacks, and on a GPU updates all parameters at once.
 
     fastai's own wrapper returns copies of the hyper-parameters, so that a callback's changes are lost, and torch's
     switches among them, which loggers cannot log as numbers. `fused` updates all parameters in one kernel. `muon`, if
