@@ -4,7 +4,7 @@ import os
 import sys
 from collections import defaultdict
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 from PIL import Image
@@ -19,6 +19,7 @@ from images.table import Found, ImageTable, Tally, table_of
 from names import TEST, printable
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+SPLIT_NAMES = ("train", *TEST)
 
 
 def load_images(source: str | Path | ImageTable) -> ImageTable:
@@ -87,22 +88,20 @@ def _checked_suffix(name: str) -> str:
 
 
 def _read_archive(path: Path) -> ImageTable:
-    batches, found, tally, depth = {}, defaultdict(list), Tally(), None
+    batches, found, tally, root = {}, defaultdict(list), Tally(), _root(path)
     for member, data in members(path):
-        parts = member.parts
         if data is not None and member.name in BATCH_FILES:
             batches[member.name] = data
-        if depth is None:  # the first train or test folder shows at which depth the layout starts
-            depth = next((i for i, part in enumerate(parts) if part in ("train", *TEST)), None)
-        if depth is None or len(parts) < depth + 2 or parts[depth] not in ("train", *TEST):
+        parts = member.relative_to(root).parts if member.is_relative_to(root) else ()
+        if len(parts) < 2 or parts[0] not in SPLIT_NAMES:
             continue  # a README, a list of labels
-        if any(part.startswith(".") for part in parts[depth + 1 :]):
+        if any(part.startswith(".") for part in parts[1:]):
             continue  # .DS_Store and the like
-        images = found[parts[depth], parts[depth + 1]]  # also for a folder, so that an empty class is reported
+        images = found[parts[0], parts[1]]  # also for a folder, so that an empty class is reported
         if data is None:
             continue
         name = f"{path}: {member}"
-        if len(parts) != depth + 3:
+        if len(parts) != 3:
             raise InputError(f"{name}: images must lie at train/<class>/ and test/<class>/")
         images.append((member.name, decode(data, _checked_suffix(name), tally.animated.append, tally.sized)))
     if batches:
@@ -110,4 +109,20 @@ def _read_archive(path: Path) -> ImageTable:
     if not found:
         raise InputError(f"{path}: holds neither train/<class>/ and test/<class>/ images nor CIFAR-10's batch files")
     there = {split for split, _ in found}
-    return table_of(str(path), found, tally, ("train", next((name for name in TEST if name in there), TEST[0])))
+    splits = ("train", next((name for name in TEST if name in there), TEST[0]))
+    return table_of(str(path / root), found, tally, splits)
+
+
+def _root(path: Path) -> PurePosixPath:
+    """The folder inside an archive that holds train and test; of several, the one nearest the top.
+
+    Other folders can be called val, too, so images tell, and names only if no image lies as it must: for the message.
+    """
+    images, names = set(), set()
+    for member, _ in members(path):
+        if member.name.startswith("."):
+            continue  # a Mac's __MACOSX/train/._cat
+        names.update(folder.parent for folder in member.parents if folder.name in SPLIT_NAMES)
+        if member.parent.parent.name in SPLIT_NAMES and member.name.lower().endswith(IMAGE_SUFFIXES):
+            images.add(member.parents[2])
+    return min(images or names, key=lambda folder: (len(folder.parts), folder), default=PurePosixPath())

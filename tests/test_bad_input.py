@@ -437,6 +437,14 @@ def archive_of_something_else(root):
     return tar(root.parent / "a.tgz", "w:gz", root.parent / "folder")
 
 
+@bad("a.zip/one: class 'cat' is in train but not in test")
+def splits_in_two_folders_of_an_archive(root):
+    for split, folder in (("train", "one"), ("test", "two")):
+        (root / folder).mkdir()
+        (root / split).rename(root / folder / split)
+    return zipped(root.parent / "a.zip", root)
+
+
 # The official batch files
 
 

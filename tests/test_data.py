@@ -5,6 +5,7 @@ import random
 import tarfile
 import time
 import urllib.request
+import zipfile
 
 import numpy as np
 import pytest
@@ -151,6 +152,27 @@ def test_an_archive_is_its_folder(image_folder, tmp_path, name):
     else:
         tar(path, "w:xz" if name.endswith("xz") else "w:gz", root)
     assert load_images(path).fingerprint() == load_images(root).fingerprint()
+
+
+STRAYS = {
+    "a top folder called test": ("test/", ""),
+    "labels in a folder called val": ("data/", "data/annotations/val/labels.txt"),
+    "labels in a folder beside": ("data/", "annotations/val/labels.txt"),
+    "other images below": ("data/", "data/old/train/cat/0.png"),
+    "what a Mac adds": ("", "__MACOSX/train/._cat"),
+}
+
+
+@pytest.mark.parametrize("stray", STRAYS)
+def test_an_archive_is_read_though_another_folder_has_a_splits_name(image_folder, tmp_path, stray):
+    root, (top, other) = image_folder(), STRAYS[stray]
+    (root / "test").rename(root / "val")
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        if other:
+            archive.write(root / "train/cat/000.png", other)
+        for file in sorted(root.rglob("*")):
+            archive.write(file, f"{top}{file.relative_to(root)}")
+    assert load_images(tmp_path / "a.zip").fingerprint() == load_images(root).fingerprint()
 
 
 def test_the_fingerprint_tells_other_data(image_folder, tmp_path):
