@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import sys
 import time
 from collections.abc import Callable
@@ -27,11 +28,12 @@ def cache_root() -> Path | None:
     return None if root.startswith("~") else Path(root) / "custom-resnet"  # a user in a container can be without a home
 
 
-def decoded(path: Path, read: Callable[[Path], ImageTable]) -> ImageTable:
+def decoded(path: Path, read: Callable[[Path], ImageTable], parts: list[Path]) -> ImageTable:
     """The table that `read` makes of the file or folder `path`, from the cache if the source has not changed since.
 
-    A source counts as changed when the name, size or modification time of any file in it has changed, hidden ones
-    aside; an entry is checked against its SHA-256. A line on stderr reports an entry that is damaged or cannot be kept.
+    parts: what is read of it: files and folders in it, or the file itself. A source counts as changed when the name,
+    size or modification time of any file in its parts has changed, hidden ones aside; an entry is checked against its
+    SHA-256. A line on stderr reports an entry that is damaged or cannot be kept.
     """
     name, root = path.resolve().name, cache_root()
     if root is None:
@@ -39,7 +41,7 @@ def decoded(path: Path, read: Callable[[Path], ImageTable]) -> ImageTable:
             printable(f"decoding {name}; to keep that for the next start set HOME or XDG_CACHE_HOME"), file=sys.stderr
         )
         return read(path)
-    entry = root / f"{name[:50]}-{_key(path)}"
+    entry = root / f"{name[:50]}-{_key(path, parts)}"
     if table := _load(entry):
         return table
     print(printable(f"decoding     {name}; the next start finds it in {entry.parent}"))
@@ -53,23 +55,20 @@ def decoded(path: Path, read: Callable[[Path], ImageTable]) -> ImageTable:
     return _load(entry) or table
 
 
-def _key(path: Path) -> str:
+def _key(path: Path, parts: list[Path]) -> str:
     digest = hashlib.sha256(f"{VERSION}\0{path.resolve()}".encode(errors="surrogateescape"))
 
-    def add(folder: str, depth: int) -> None:
-        with os.scandir(folder) as entries:
-            for entry in sorted((e for e in entries if not e.name.startswith(".")), key=lambda e: e.name):
-                info = entry.stat()
-                line = f"{entry.path}\0{info.st_size}\0{info.st_mtime_ns}\n"
-                digest.update(line.encode(errors="surrogateescape"))
-                if depth and entry.is_dir():
-                    add(entry.path, depth - 1)
+    def add(part: str, depth: int) -> None:
+        info = os.stat(part)
+        line = f"{depth}\0{os.path.basename(part)}\0{info.st_size}\0{info.st_mtime_ns}\n"
+        digest.update(line.encode(errors="surrogateescape"))
+        if depth and stat.S_ISDIR(info.st_mode):
+            for name in sorted(name for name in os.listdir(part) if not name.startswith(".")):
+                add(os.path.join(part, name), depth - 1)
 
-    if path.is_dir():
-        add(str(path), depth=2)  # train, <class>, images
-    else:
-        info = path.stat()
-        digest.update(f"{info.st_size}\0{info.st_mtime_ns}".encode())
+    for part in parts:
+        if os.path.lexists(part):  # `read` reports what is missing
+            add(str(part), depth=2)  # train, <class>, images
     return digest.hexdigest()[:16]
 
 

@@ -35,12 +35,12 @@ def load_images(source: str | Path | ImageTable) -> ImageTable:
     path = Path(os.path.expanduser(source))
     try:
         if source == "cifar10":
-            return replace(decoded(download(), _read_folder), name="cifar10", stats=CIFAR10_STATS)
+            return replace(_read_path(download()), name="cifar10", stats=CIFAR10_STATS)
         if not path.is_dir() and not path.is_file():
             ways = "cifar10, digits, a folder or an archive of images"
             raise InputError(f"{path}: no such file or folder; data is {ways}")
         inner = path / "cifar-10-batches-py"
-        table = decoded(inner if inner.is_dir() else path, _read_archive if path.is_file() else _read_folder)
+        table = _read_path(inner if inner.is_dir() else path)
     except OSError as e:
         raise InputError(f"{e.filename or path}: cannot be read ({e.strerror or e}); check its permissions") from e
     table = replace(table, name=printable(path.resolve().name))
@@ -61,11 +61,24 @@ def _read_digits() -> ImageTable:
     return table_of("digits", found)
 
 
+def _read_path(path: Path) -> ImageTable:
+    if path.is_file():
+        return decoded(path, _read_archive, [path])
+    if (path / "batches.meta").is_file():
+        return decoded(path, _read_official, [path / name for name in BATCH_FILES])
+    return decoded(path, _read_folder, [path / name for name in _splits(path)])
+
+
+def _read_official(root: Path) -> ImageTable:
+    return read_batches(str(root), {n: (root / n).read_bytes() for n in BATCH_FILES if (root / n).is_file()})
+
+
+def _splits(root: Path) -> tuple[str, str]:
+    return "train", next((name for name in TEST if (root / name).is_dir()), TEST[0])
+
+
 def _read_folder(root: Path) -> ImageTable:
-    if (root / "batches.meta").is_file():
-        return read_batches(str(root), {n: (root / n).read_bytes() for n in BATCH_FILES if (root / n).is_file()})
-    splits = ("train", next((name for name in TEST if (root / name).is_dir()), TEST[0]))
-    found, tally = {}, Tally()
+    found, tally, splits = {}, Tally(), _splits(root)
     for split in splits:
         if not (root / split).is_dir():
             also = f" ({', '.join(TEST[1:])} will do)" if split == TEST[0] else ""

@@ -42,7 +42,7 @@ with atheris.instrument_imports(include=["images", "training", "trained", "optio
     from training import checkpoint
 
 WHERE = Path(tempfile.mkdtemp(dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
-sources.decoded = lambda path, read: read(path)  # keep nothing
+sources.decoded = lambda path, read, parts: read(path)  # keep nothing
 NETWORK = CustomResNet(2, 1)
 GIVEN = asdict(Options())
 PIXELS = np.full((1, 32, 32, 3), 128, np.uint8)

@@ -72,6 +72,27 @@ def test_every_change_of_the_source_is_noticed(image_folder, decodings):
         load_images(root)
 
 
+def test_what_is_not_read_is_no_change(image_folder, decodings, monkeypatch):
+    root = image_folder()
+    load_images(root)
+    for other in ("runs/001-fast/models", "val/cat"):
+        (root / other).mkdir(parents=True)
+    (root / "readme").symlink_to("nothing")
+    monkeypatch.chdir(root)
+    assert len(load_images(".")) == 12
+    assert len(decodings) == 12
+
+
+def test_of_the_official_files_only_those_that_are_read_can_change(batches, cache):
+    load_images(batches)
+    (batches / "readme.html").symlink_to("nothing")
+    load_images(batches)
+    assert len(list(cache.iterdir())) == 1
+    os.utime(batches / "batches.meta", ns=(1, 1))
+    load_images(batches)
+    assert len(list(cache.iterdir())) == 2
+
+
 def test_another_archive_of_the_same_name_is_noticed(image_folder, tmp_path):
     root = image_folder()
     before = load_images(zipped(tmp_path / "a.zip", root))
