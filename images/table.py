@@ -83,7 +83,7 @@ class ImageTable:
         return tuple((mean / 255).tolist()), tuple((std / 255).tolist())
 
     def fingerprint(self) -> str:
-        """SHA-256 over classes, labels, split and pixels: the same for the same data, however it was stored."""
+        """SHA-256 over classes, labels, split and pixels: the same for the same images in the same order of names."""
         if self.digest:
             return self.digest
         digest = hashlib.sha256("\0".join(self.classes).encode())
