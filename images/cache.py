@@ -16,7 +16,7 @@ import numpy as np
 from images.table import ImageTable
 from names import printable
 
-VERSION = 6  # of the decoding; a new version makes new entries
+VERSION = 7  # of the decoding; a new version makes new entries
 ARRAYS = ("images", "labels", "is_train")
 SUM = "sha256"  # the file with an entry's checksum
 DAY = 24 * 60 * 60  # seconds

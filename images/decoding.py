@@ -43,7 +43,8 @@ def decode(
     """
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            if getattr(image, "is_animated", False):  # counting the frames could take minutes
+            # A phone's JPEG can hold a second picture (MPO), which is no frame; to count frames could take minutes.
+            if image.format != "MPO" and getattr(image, "is_animated", False):
                 animated(name)
             pixels, size = to_rgb(image), image.size
     except Exception as e:  # Pillow raises half a dozen types for damaged files

@@ -102,6 +102,17 @@ def test_of_an_animated_image_the_first_frame_is_taken_with_a_warning(image_fold
         assert capsys.readouterr().err == line, "from the cache, too"
 
 
+def test_a_photograph_with_a_second_picture_in_it_is_not_animated(image_folder, capsys):
+    root = image_folder()
+    path, second = root / "train/cat/a.jpg", Image.new("RGB", (16, 16), "blue")
+    Image.new("RGB", (32, 32), "red").save(path, format="MPO", save_all=True, append_images=[second])
+    assert Image.open(path, formats=["JPEG"]).is_animated, "as Pillow has it"
+    red, green, blue = load_images(root).images[4].reshape(-1, 3).mean(0)
+    assert red > 250
+    assert max(green, blue) < 5
+    assert capsys.readouterr().err == ""
+
+
 def test_large_images_are_resized_with_a_warning(image_folder, capsys):
     root = image_folder(size=(40, 30))
     load_images(root)
