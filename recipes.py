@@ -241,13 +241,6 @@ def get_recipe(recipe: str | Recipe = "fast", **changes) -> Recipe:
     return replace(recipe, **changes)
 
 
-def changes(result: dict, recipe: Recipe) -> dict:
-    """The settings, data and width aside, in which a run differs from `recipe`; `result` is its `result.json`."""
-    names = [name for name in vars(recipe) if name not in ("data", "width")]
-    had = {name: result.get(name, getattr(ANCESTOR, name)) for name in names}  # newer settings are off in the ancestor
-    return {name: value for name, value in had.items() if str(value) != str(getattr(recipe, name))}
-
-
 def recipe_table() -> str:
     """All recipes as a table, one column each, with their schedules below."""
 

@@ -6,7 +6,7 @@
 RUN is the folder of a run that has finished.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Annotated
 
 from errors import InputError, parse, run_command
@@ -31,9 +31,9 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from names import printable
-from recipes import Recipe
 from reporting.pictures import save_comparison
 from reporting.report import draw_again
+from reporting.settings import how
 from reporting.tables import runs_table
 from training.run import Run
 
@@ -42,14 +42,10 @@ def grouped(results: list[dict]) -> dict[str, list[dict]]:
     """The results, grouped by their settings; of two with the same settings and seed, only the first."""
     groups = defaultdict(dict)
     for result in results:
-        alike = [other for other in results if other["recipe"] == result["recipe"]]
-        names = [field.name for field in fields(Recipe) if field.name not in ("data", "epochs", "width")]
-        differ = [name for name in (*names, "norm") if len({str(other.get(name)) for other in alike}) > 1]
-        words = [result["recipe"], f"width {result['width']}", f"{result['epochs']} epochs", result["precision"]]
-        group = groups[", ".join(words + [f"{name} {result.get(name)}" for name in differ])]
-        if result["seed"] in group:
-            print(f"warning: two runs of {result['recipe']} with seed {result['seed']}: one counts", file=sys.stderr)
-        group.setdefault(result["seed"], result)
+        name = f"{how(result)}, width {result['width']}, {result['precision']}"
+        if result["seed"] in groups[name]:
+            print(printable(f"warning: {name}: two runs with seed {result['seed']}, one counts"), file=sys.stderr)
+        groups[name].setdefault(result["seed"], result)
     return {name: list(group.values()) for name, group in groups.items()}
 
 

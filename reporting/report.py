@@ -11,7 +11,7 @@ from PIL import Image
 from errors import InputError
 from files import complete, locked
 from options import Options, read_config
-from recipes import RECIPES, changes
+from recipes import RECIPES
 from reporting.card import CAPTIONS, write_card
 from reporting.evaluation import Evaluation, evaluate
 from reporting.pictures import (
@@ -24,6 +24,7 @@ from reporting.pictures import (
     save_reliability,
     save_schedules,
 )
+from reporting.settings import changes
 from trained.classifier import classifier_of, grad_cam
 from trained.device import get_device
 from trained.learner_file import export

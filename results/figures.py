@@ -3,7 +3,6 @@
 import json
 import re
 import sys
-from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 
@@ -11,12 +10,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from files import write_json
 from options import Options
-from recipes import ANCESTOR, RECIPES, OneCycle, changes
+from recipes import RECIPES
+from reporting.settings import how
 from training.run import Run
 
 HERE = Path(__file__).parent
-# `fast` as it was before it had any of today's tricks; results from then have no `whiten`
-FIRST_FAST = replace(ANCESTOR, lr=0.8, schedule=OneCycle(pct_start=0.2), label_smoothing=0.1)
 
 
 def file_name(*words) -> str:
@@ -45,25 +43,14 @@ def where(result: dict) -> tuple:
     return result["source"], result["width"], valid, result.get("precision", "fp32")  # older ones are
 
 
-def how(result: dict) -> str:
-    """The recipe's name, and the settings in which the run differs from the recipe as it is today."""
-    name, recipe = result["recipe"], RECIPES[result["recipe"]]
-    if name == "fast" and "whiten" not in result:
-        name, recipe = "first fast", FIRST_FAST
-    differ = changes(result, replace(recipe, epochs=result["epochs"]))
-    words = [name, f"{result['epochs']} epochs", *(f"{key} {value}".replace("_", " ") for key, value in differ.items())]
-    if result.get("processes", 1) > 1:
-        words.append(f"{result['processes']} processes")
-    return ", ".join(words + [f"{result['norm']} norm"] * (result["norm"] != "batch"))
-
-
 def results() -> dict[tuple, dict[str, list[dict]]]:
     """All results by `where`, the widest network first, then by `how`, in the order of their seeds."""
     every = [json.loads(path.read_text()) for path in (HERE / "runs").glob("*.json")]
-    order = list(RECIPES)
+    order = {name: i for i, name in enumerate(RECIPES)}
 
     def key(r: dict) -> tuple:
-        return r["source"], -r["width"], *where(r)[2:], order.index(r["recipe"]), r["epochs"], how(r), r["seed"]
+        place = order.get(r["recipe"], len(order))  # one that is no more comes last
+        return r["source"], -r["width"], *where(r)[2:], place, r["epochs"], how(r), r["seed"]
 
     every.sort(key=key)
     return {place: {k: list(runs) for k, runs in groupby(group, how)} for place, group in groupby(every, where)}

@@ -153,7 +153,7 @@ def save_peaks(sweep: dict, path: Path, comment: str | None = None) -> None:
     sweep: the content of one of the files in peaks.
     """
     arguments = sweep["arguments"]
-    recipe = f"first {arguments['recipe']}"  # the sweeps are of `figures.FIRST_FAST`, and call it by its name of then
+    recipe = f"first {arguments['recipe']}"  # the sweeps are of `settings.FIRST_FAST`, and call it by its name of then
     title = f"{recipe}, {arguments['data']}, width {arguments['width']}, {arguments['epochs']} epochs"
     label = "peak learning rate; lines: what the methods suggest for seed 0"
     figure, axes = new_axes(title, label, "accuracy on the hold-out in %")

@@ -43,7 +43,7 @@ def place(tmp_path, monkeypatch):
     def run(**changes):
         folder = tmp_path / f"run-{len(list(tmp_path.iterdir()))}"
         folder.mkdir()
-        recipe = vars(RECIPES[changes.get("recipe", "fast")]).copy()
+        recipe = vars(RECIPES.get(changes.get("recipe"), RECIPES["fast"])).copy()
         recipe["schedule"] = str(recipe["schedule"])
         (folder / "result.json").write_text(json.dumps(recipe | RUN | changes))
         return str(folder)
@@ -121,6 +121,13 @@ def test_a_changed_setting_is_named_and_compared_on_the_hold_out(place, tmp_path
     assert "88.00" not in front
     _, (_, drawn) = list(make.made_pictures().items())[-1]
     assert list(drawn) == ["fast, 24 epochs"]
+
+
+def test_a_run_of_a_recipe_that_is_no_more_has_its_line(place, tmp_path):
+    make.main([place(recipe="gone"), place(recipe="seed")])
+    _, _, seed, gone, *_ = (tmp_path / "results/README.md").read_text().splitlines()[1:]
+    assert seed.startswith("| CIFAR-10 | seed, 24 epochs | ")
+    assert gone.startswith("| CIFAR-10 | gone, 24 epochs, schedule OneCycle(pct_start=0.2, div_final=10), ")
 
 
 def test_the_same_run_again_takes_its_place(place, tmp_path):

@@ -18,7 +18,7 @@ from errors import InputError, parse, run_command
 from images.sources import load_images
 from images.table import ImageTable
 from options import Options
-from recipes import RECIPES
+from recipes import ANCESTOR, RECIPES
 from reporting import pictures
 from reporting.card import CAPTIONS, write_card
 from reporting.evaluation import Evaluation, evaluate
@@ -290,19 +290,21 @@ def test_it_can_be_drawn_where_the_precision_and_the_cores_of_the_run_are_not(ru
     assert [options.precision for options in drawn] == ["fp16"], "the card has the command of the run"
 
 
+def compare(folder, *results):
+    """Compare runs that have these results; their folders and the picture are in `folder`."""
+    runs = [folder / str(i) for i in range(len(results))]
+    for run, result in zip(runs, results, strict=True):
+        run.mkdir()
+        (run / "result.json").write_text(json.dumps(result))
+    report.main(report.Options(list(map(str, runs)), picture=str(folder / "comparison.png")))
+
+
 def test_runs_are_compared(run, tmp_path, capsys):
     result = json.loads((run / "result.json").read_text())
-    folders = [str(run)]
-    for name, change in {
-        "b": {"seed": 4, "last_accuracy": 0.5},
-        "c": {"recipe": "seed", "last_accuracy": 0.25},
-    }.items():
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "result.json").write_text(json.dumps(result | change))
-        folders.append(str(tmp_path / name))
-    report.main(report.Options(folders, picture=str(tmp_path / "comparison.png")))
+    others = {"seed": 4, "last_accuracy": 0.5}, {"recipe": "seed", "last_accuracy": 0.25}
+    compare(tmp_path, result, *(result | other for other in others))
     out = capsys.readouterr().out
-    fast, seed = re.split("seed, width 4, 2 epochs, (?:fp32|bf16): ", out)
+    fast, seed = re.split(r"\nseed, 2 epochs, .*, width 4, (?:fp32|bf16): ", out)
     assert f"mean         {50 * (result['last_accuracy'] + 0.5):.2f}" in fast
     assert "25.00" in seed
     assert "mean" not in seed, "of one run"
@@ -311,26 +313,43 @@ def test_runs_are_compared(run, tmp_path, capsys):
 
 def test_the_same_seed_counts_once_and_other_settings_are_another_group(run, tmp_path, capsys):
     result = json.loads((run / "result.json").read_text())
-    folders = [str(run)]
-    for name, change in {"again": {}, "wd": {"wd": 0.5, "seed": 4}}.items():
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "result.json").write_text(json.dumps(result | change))
-        folders.append(str(tmp_path / name))
-    report.main(report.Options(folders, picture=str(tmp_path / "comparison.png")))
+    compare(tmp_path, result, result, result | {"wd": 0.5, "seed": 4})
     said = capsys.readouterr()
-    assert said.err == "warning: two runs of fast with seed 3: one counts\n"
-    for wd in (result["wd"], 0.5):
-        assert f"wd {wd}: accuracy on digits" in said.out
+    name, rest = "fast, 2 epochs, bs 128, lr 0.1", f"width 4, {result['precision']}:"
+    assert said.err == f"warning: {name}, {rest} two runs with seed 3, one counts\n"
+    for group in (f"{name}, {rest}", f"{name}, wd 0.5, {rest}"):
+        assert f"{group} accuracy on digits" in said.out
     assert "std" not in said.out, "of one seed each"
 
 
 def test_another_norm_is_another_group(run, tmp_path, capsys):
     result = json.loads((run / "result.json").read_text())
-    (tmp_path / "result.json").write_text(json.dumps(result | {"norm": "layer", "seed": 4}))
-    report.main(report.Options([str(run), str(tmp_path)], picture=str(tmp_path / "comparison.png")))
+    compare(tmp_path, result, result | {"norm": "layer", "seed": 4})
     said = capsys.readouterr().out
-    for norm in ("batch", "layer"):
-        assert f"norm {norm}: accuracy on digits" in said
+    assert said.count("accuracy on digits") == 2
+    assert f", layer norm, width 4, {result['precision']}: accuracy on digits" in said
+
+
+@pytest.mark.parametrize("name", [
+    "ancestor-24-epochs-cifar10-16-test-bf16",
+    "first-fast-24-epochs-cifar10-jpeg-16-test-fp32",
+])  # fmt: skip
+def test_a_setting_that_older_runs_lack_was_off(tmp_path, capsys, name):
+    old = json.loads((ROOT / f"results/runs/{name}-seed-0.json").read_text())
+    off = {name: value for name, value in vars(ANCESTOR).items() if name not in old}
+    assert "muon" in off
+    compare(tmp_path, old, old | off | {"seed": 1})
+    said = capsys.readouterr().out
+    assert said.count("accuracy on") == 1
+    assert "mean" in said
+
+
+def test_runs_of_a_recipe_that_is_no_more_are_compared(run, tmp_path, capsys):
+    result = json.loads((run / "result.json").read_text()) | {"recipe": "gone"}
+    compare(tmp_path, result, result | {"seed": 4}, result | {"wd": 0.5})
+    said = capsys.readouterr().out
+    assert len(re.findall("^gone, 2 epochs, .*: accuracy on digits", said, re.M)) == 2
+    assert said.count(", wd 0.5, ") == 1
 
 
 def test_a_band_stays_within_0_and_100_percent(run, tmp_path, monkeypatch):
@@ -370,13 +389,8 @@ def test_what_cannot_be_compared_is_one_line(run, tmp_path, monkeypatch, capsys,
 
 def test_hold_outs_of_another_size_are_not_compared(run, tmp_path):
     result = json.loads((run / "result.json").read_text())
-    for name, part in (("a", 0.1), ("b", 0.2)):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "result.json").write_text(json.dumps(result | {"valid": "holdout", "valid_pct": part}))
     with pytest.raises(InputError, match=r"^valid_pct is 0\.1 in one, 0\.2 in another; compare like with like$"):
-        report.main(
-            report.Options([str(tmp_path / "a"), str(tmp_path / "b")], picture=str(tmp_path / "comparison.png"))
-        )
+        compare(tmp_path, *(result | {"valid": "holdout", "valid_pct": part} for part in (0.1, 0.2)))
 
 
 @pytest.mark.parametrize("name", ["comparison", "comparison.doc"])
