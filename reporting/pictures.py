@@ -2,6 +2,7 @@
 
 from itertools import cycle
 from pathlib import Path
+from textwrap import fill
 
 import numpy as np
 from fastai.data.core import DataLoaders
@@ -22,6 +23,7 @@ COLORS = (BLUE, ORANGE, GREEN, PURPLE, GREY, "black", "#56B4E9", "#E69F00")
 AS_IT_IS = {"parse_math": False}  # for texts with names in them: matplotlib would typeset what is between two dollars
 MANY = 10  # images that it takes for a meaningful accuracy
 BELOW = 6  # points of accuracy shown below the lowest marked line
+LINE = 95  # characters of a legend that is as wide as the picture
 MOST_CLASSES = 100  # in the picture of confusions: more could not be told apart
 
 
@@ -137,7 +139,7 @@ def save_comparison(
         low, high = np.clip((mean - std, mean + std), 0, 100)
         axes.fill_between(x, low, high, color=color, alpha=0.2, lw=0)
         label = f"{name}: {last:.2f} % at the end, " + (f"{len(runs)} seeds ± std" if len(runs) > 1 else "1 seed")
-        axes.plot(x, mean, f"{marker}-", ms=3, color=color, label=label)
+        axes.plot(x, mean, f"{marker}-", ms=3, color=color, label=fill(label, LINE))
     for (name, accuracy), style in zip((marks or {}).items(), ("-", "--", ":"), strict=False):
         axes.axhline(accuracy, color="gray", lw=1, ls=style, label=f"{name}: {accuracy:.2f} %")
     if marks:
@@ -145,8 +147,11 @@ def save_comparison(
     axes.xaxis.get_major_locator().set_params(integer=True)
     columns = 1 if max(map(len, axes.get_legend_handles_labels()[1])) > 50 else 2
     legend = figure.legend(frameon=False, loc="outside lower center", ncols=columns, fontsize="small")
+    lines = 0
     for text in legend.get_texts():
         text.set(**AS_IT_IS)
+        lines += text.get_text().count("\n") + 1
+    figure.set_figheight(max(4.8, 3.8 + 0.18 * lines / columns))  # what the legend needs, the curves keep
     save_figure(figure, path, comment)
 
 

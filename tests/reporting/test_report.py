@@ -407,6 +407,19 @@ def test_every_group_is_drawn(drawn, run, tmp_path):
     assert len(looks) == len(axes.lines) == 12
 
 
+@pytest.mark.parametrize("n", [1, 20])
+def test_no_name_of_a_group_is_cut_off_and_the_curves_have_room(drawn, tmp_path, n):
+    run = json.loads((ROOT / "results/runs/fast-8-epochs-cifar10-16-holdout-20-bf16-seed-0.json").read_text())
+    name = ", ".join(f"{key} {value}" for key, value in vars(RECIPES["fast"]).items())
+    save_comparison({f"{i}, {name}": [run] for i in range(n)}, tmp_path / "comparison.png")
+    (figure,) = drawn
+    figure.draw_without_rendering()
+    legend, curves = figure.legends[0].get_window_extent(), figure.axes[0].bbox
+    assert 0 <= legend.x0 < legend.x1 <= figure.bbox.width
+    assert 0 <= legend.y0 < legend.y1 < curves.y0
+    assert curves.height > 2 * figure.dpi, "two inches"
+
+
 def test_no_name_is_markup(image_folder, tmp_path, capsys):
     """Neither that of a class nor that of the data's folder, in pictures, in the card and on a terminal."""
     source, classes = "a$\\b$c \x1b[2J\udcff![x](http:", ["$_$", "![x](y) <b>", "www.a|b"]
