@@ -1,7 +1,7 @@
 """Measure on a GPU what cannot be measured without one, in some seventy epochs.
 
     python benchmarks/gpu.py                   all parts; each is written to results/gpu.json once it is measured
-    python benchmarks/gpu.py --only compile    one part
+    python benchmarks/gpu.py --only compile    one part; the others that are in the file stay
     python benchmarks/gpu.py --rehearse        all parts, small and on the CPU: a check that it works
 
 Run it on an idle machine. One part is a whole run of the recipe fast, on the images that --data names.
@@ -64,7 +64,7 @@ from time import perf_counter, sleep
 import torch
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
-from speed import table
+from speed import begun, table
 from steps import BARE, BY_HAND, MUON, OURS, by_hand, fit, loop
 from ways import BS, noise
 
@@ -188,14 +188,15 @@ def main(options: Options) -> None:
         options = replace(options, **small)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", CUBLAS_WORKSPACE)  # for --deterministic, before any product
     started, device = perf_counter(), get_device(options.device)
-    figures = describe(device)
-    print(", ".join(f"{name} {value}" for name, value in figures.items()), flush=True)
+    here = describe(device)
+    figures = begun(Path(save), here) if save else here
+    print(", ".join(f"{name} {value}" for name, value in here.items()), flush=True)
     with TemporaryDirectory() as folder:
         bench = Bench(options, device, Path(folder))
         for part in [options.only] if options.only else PARTS:
             print(f"\n{PARTS[part]}\n", flush=True)
-            figures |= {part: getattr(bench, part)(), "seconds": round(perf_counter() - started, 1)}
-            print(f"{table(figures[part])}\n\n{figures['seconds']} s so far", flush=True)
+            figures |= {part: getattr(bench, part)()}
+            print(f"{table(figures[part])}\n\n{perf_counter() - started:.1f} s so far", flush=True)
             if save:
                 write_json(Path(save), figures)
 

@@ -3,9 +3,11 @@
     python benchmarks/speed.py                      everything, about half an hour on two cores
     python benchmarks/speed.py --only loaders       one part; --help names them
 
-Run it on an idle machine. Only the ratios within one table can be compared with those of another machine.
+Run it on an idle machine. Only the ratios within one table can be compared with those of another machine. A file that
+--save names keeps the other parts that are in it; they must be of the same device, commit and versions.
 """
 
+import json
 import platform
 import sys
 from importlib.metadata import version
@@ -62,13 +64,33 @@ def heading(figures: dict) -> str:
     return ", ".join([figures["device"], f"Python {figures['python']}", *versions])
 
 
+def begun(save: Path, here: dict) -> dict:
+    """`here`, which says what is measured (device, code, versions), with the figures that the file has already.
+
+    Raises InputError if those are of another device, code or version.
+    """
+    if not save.exists():
+        return here
+    away = "move it away, or pass another --save"
+    try:
+        figures = json.loads(save.read_text())
+        before, now = (f | f["versions"] for f in (figures, here))
+    except (ValueError, TypeError, KeyError):
+        raise InputError(f"{save}: not a file of this benchmark; {away}") from None
+    differ = [name for name in now if name != "versions" and before.get(name) != now[name]]
+    if differ:
+        what = ", ".join(f"{name} {before.get(name)} there and {now[name]} here" for name in differ)
+        raise InputError(f"{save}: its figures are not comparable, {what}; {away}")
+    return figures
+
+
 def main(
     only: Annotated[str, {"choices": list(PARTS)}] = None,  # One part [all of them]
     device: str = "auto",  # For the training steps: auto, cpu or cuda
     width: int = 64,  # Of the network in the training steps
     rounds: int = 4,  # How often each way of loading and of training is timed
     compile: bool = False,  # Time the training steps with torch.compile too
-    save: str = None,  # Write the figures to this JSON file as well
+    save: str = None,  # Write the figures to this JSON file as well, beside the parts that it has
 ):
     """Measure the loaders, whole training steps, how cost grows with the data, and the start."""
     for option, value in (("--width", width), ("--rounds", rounds)):
@@ -92,6 +114,8 @@ def main(
     name = torch.cuda.get_device_name(device) if gpu else processor()
     versions = {package: version(package) for package in ("torch", "fastai", "albumentations", "torchvision", "numpy")}
     figures = {"device": name, **code_version(), "python": platform.python_version(), "versions": versions}
+    if save:
+        figures = begun(Path(save), figures)
     print(heading(figures))
     parts = {
         "steps": lambda: steps.steps(device, width, 50_000 if gpu else 1536, rounds, compile),

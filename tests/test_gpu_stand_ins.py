@@ -433,15 +433,59 @@ def test_no_forward_pass_waits_for_other_processes(one_of_two, small, monkeypatc
     assert order.seen[valid[0] - 1] == "broadcast"
 
 
-# The benchmark
+# The benchmarks
 
 
 def test_the_benchmark_saves_what_it_has_measured(tmp_path, capsys):
     import gpu
 
+    save = tmp_path / "gpu.json"
     for part in ("steps", "loader"):
-        gpu.main(gpu.Options(rehearse=True, only=part, save=str(tmp_path / f"{part}.json")))
-        figures = json.loads((tmp_path / f"{part}.json").read_text())
+        gpu.main(gpu.Options(rehearse=True, only=part, save=str(save)))
+        figures = json.loads(save.read_text())
         assert figures["device"] in capsys.readouterr().out
         assert all(value is None or value for row in figures[part] for value in row.values())
-        assert len(figures[part]) == {"steps": 4, "loader": 2}[part]
+    assert [len(figures[part]) for part in ("steps", "loader")] == [4, 2], "the second beside the first"
+
+
+@pytest.fixture
+def only(monkeypatch):
+    """A function that runs one part of a benchmark, which finds `[{"ms": 1}]`."""
+    import gpu
+    import processors
+    import speed
+
+    monkeypatch.setattr(gpu.Bench, "loader", lambda self: [{"ms": 1}])
+    monkeypatch.setattr(processors, "waiting", lambda: [{"ms": 1}])
+
+    def run(name, save):
+        if name == "gpu":
+            gpu.main(gpu.Options(rehearse=True, only="loader", save=str(save)))
+        else:
+            speed.main(only="waiting", device="cpu", save=str(save))
+        return json.loads(save.read_text())
+
+    return run
+
+
+@pytest.mark.parametrize("name", ["gpu", "speed"])
+def test_one_part_measured_again_leaves_the_others(only, tmp_path, name):
+    save = tmp_path / "figures.json"
+    before = only(name, save) | {"memory": [{"MB": 5}]}
+    save.write_text(json.dumps(before | {"loader": [], "waiting": []}))
+    assert before.items() <= only(name, save).items()
+
+
+@pytest.mark.parametrize("name", ["gpu", "speed"])
+@pytest.mark.parametrize(("change", "what"), [
+    ({"device": "a GPU"}, "not comparable, device a GPU there and .* here"),
+    ({"commit": "ab12"}, "not comparable, commit ab12 there and "),
+    ({"versions": {"torch": "1.0"}}, "not comparable, torch 1.0 there and .* here, fastai None there"),
+    ({"versions": None}, "not a file of this benchmark"),
+])  # fmt: skip
+def test_figures_that_are_not_comparable_stay_alone(only, tmp_path, name, change, what):
+    save = tmp_path / "figures.json"
+    save.write_text(text := json.dumps(only(name, save) | change))
+    with pytest.raises(InputError, match=f"^{save}: .*{what}.*; move it away, or pass another --save$"):
+        only(name, save)
+    assert save.read_text() == text
