@@ -152,6 +152,9 @@ def work(runs: list[Training], jobs: int, threads: str, results: Path) -> int:
     progress, failed = Progress(runs, jobs), 0
     active: dict[Training, subprocess.Popen] = {}
     waiting = [run for run in runs if not run.ended]
+    for run in runs:
+        if run.ended:
+            take_in(run.folder, results)  # it can have finished while a campaign was being stopped
     tell(f"{len(runs)} runs, {len(runs) - len(waiting)} of them have finished; {jobs} at a time, threads: {threads}")
     with ended(active):
         while waiting or active:
@@ -181,7 +184,7 @@ def outcome(run: Training, code: int, results: Path) -> str:
 
 def main(
     runs: Annotated[str, {"nargs": "+"}],  # A recipe each, in quotes with options of train_fastai.py behind it
-    options: str = "",  # Further options, of all runs
+    options: str = "",  # Further options, of all runs; a single one with an equals sign: --options=--tta
     seeds: int = 1,  # How many seeds of each
     first_seed: int = 0,  # The first of them
     jobs: int = 1,  # Runs at a time, which share the cores
