@@ -161,7 +161,9 @@ def save_peaks(sweep: dict, path: Path, comment: str | None = None) -> None:
     # A run whose loss was not finite has no accuracy.
     points = [(row["lr"], 100 * (row["last_accuracy"] or np.nan), row["suggested"]) for row in sweep["peaks"]]
     lrs = sorted({lr for lr, _, suggested in points if not suggested})
-    axes.plot(lrs, [np.mean([v for x, v, suggested in points if x == lr and not suggested]) for lr in lrs], color=BLUE)
+    if len(lrs) >= 5:  # between fewer, a line would show accuracies that nobody measured
+        means = [np.mean([v for x, v, suggested in points if x == lr and not suggested]) for lr in lrs]
+        axes.plot(lrs, means, color=BLUE)
     for suggested, marker, size in ((False, "o", 5), (True, "*", 11)):
         x, y = zip(*((x, v) for x, v, s in points if s is suggested), strict=True)
         label = "trained at the default suggestion" if suggested else None

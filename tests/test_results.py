@@ -63,6 +63,17 @@ def test_the_pictures_show_what_the_files_say():
         assert any(f"({path.relative_to(folder)})" in text.read_text() for text, folder in shown)
 
 
+@pytest.mark.parametrize(("n", "line"), [(3, False), (8, True)])
+def test_peaks_far_apart_are_not_joined_by_a_line(monkeypatch, n, line):
+    sweep = json.loads((ROOT / "results/peaks/fast-cifar10-jpeg-16.json").read_text())
+    figures = []
+    monkeypatch.setattr(make, "save_figure", lambda figure, *_: figures.append(figure))
+    suggested = [row for row in sweep["peaks"] if row["suggested"]]
+    make.save_peaks(sweep | {"peaks": sweep["peaks"][:n] + suggested}, None)
+    through = [len(drawn.get_xdata()) for drawn in figures[0].axes[0].lines if drawn.get_linestyle() == "-"]
+    assert (n in through) is line
+
+
 def test_runs_become_lines_and_a_picture(place, tmp_path):
     seed = place(recipe="seed", last_accuracy=0.8, tta_accuracy=None)
     make.main([seed, place(), place(seed=1, last_accuracy=0.92), place(width=16, last_accuracy=0.3)])
