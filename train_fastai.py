@@ -165,7 +165,7 @@ def fit(run: Run, learn: Learner, options: Options, peak: float, cbs: Sequence[C
     print(f"training     {settings.epochs} epochs, peak learning rate {peak:.3g}{checkpoint}")
     own = [log, Forecast(), checkpoint]
     if options.log and is_rank0():
-        own.append(BatchLog(options.log, run.folder, config))
+        own.append(BatchLog(options.log, run.folder, config, resume=state is not None))
     with all_ranks(learn, options.sync_bn), stops_heard(checkpoint.ask_to_stop):
         settings.schedule.fit(learn, settings.epochs, peak, [*own, *cbs], checkpoint.first_epoch)
     if checkpoint.stopped:

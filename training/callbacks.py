@@ -160,13 +160,14 @@ class BatchLog(Callback):
     """Logs the smoothed training loss and the learning rate of every batch, and validation loss and accuracy of every
     epoch, to "tensorboard" or "wandb".
 
-    TensorBoard's files go to `folder`/tensorboard; a run of Weights & Biases gets the folder's name and `config`. Waits
-    for the device at every batch. Raises InputError if Weights & Biases cannot be started.
+    TensorBoard's files go to `folder`/tensorboard; a run of Weights & Biases gets the folder's name and `config`, or
+    with `resume` goes on, if the folder has one. Waits for the device at every batch. Raises InputError if Weights &
+    Biases cannot be started.
     """
 
     order = Recorder.order + 1  # after the recorder has recorded what is logged
 
-    def __init__(self, to: str, folder: Path, config: dict | None = None):
+    def __init__(self, to: str, folder: Path, config: dict | None = None, resume: bool = False):
         if to == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
 
@@ -176,7 +177,7 @@ class BatchLog(Callback):
             return
         import wandb
 
-        before = sorted((folder / "wandb").glob("*run-*"))  # of a run that is resumed; the name ends in its id
+        before = sorted((folder / "wandb").glob("*run-*")) if resume else []  # the names end in the run's id
         past = {"id": before[-1].name.rpartition("-")[2], "resume": "allow"} if before else {}
         try:
             wandb.init(project="custom-resnet", name=folder.name, dir=folder, config=config, **past)

@@ -67,14 +67,14 @@ def test_wandb_without_a_network_and_without_a_key(tmp_path):
 def test_a_resumed_run_goes_on_with_its_run_of_wandb(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    for step in (1, 2):
-        log = BatchLog("wandb", tmp_path)
+    for step, resume in ((1, False), (2, True), (1, False)):
+        log = BatchLog("wandb", tmp_path, resume=resume)
         log.write({"train_loss": 0.5}, step)
         log.close()
         time.sleep(1)  # folders are named by the second
-    ids = [path.name.rpartition("-")[2] for path in (tmp_path / "wandb").glob("offline-run-*")]
-    assert len(ids) == 2
-    assert len(set(ids)) == 1
+    ids = [path.name.rpartition("-")[2] for path in sorted((tmp_path / "wandb").glob("offline-run-*"))]
+    assert len(ids) == 3
+    assert ids[0] == ids[1] != ids[2]
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
