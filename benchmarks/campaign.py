@@ -151,11 +151,11 @@ def work(runs: list[Training], jobs: int, threads: str, results: Path) -> int:
     """Train all `runs` that have not finished, `jobs` at a time; returns how many failed."""
     progress, failed = Progress(runs, jobs), 0
     active: dict[Training, subprocess.Popen] = {}
-    waiting = [run for run in runs if not run.ended]
-    for run in runs:
-        if run.ended:
-            take_in(run.folder, results)  # it can have finished while a campaign was being stopped
-    tell(f"{len(runs)} runs, {len(runs) - len(waiting)} of them have finished; {jobs} at a time, threads: {threads}")
+    finished = [run for run in runs if run.ended]
+    waiting = [run for run in runs if run not in finished]
+    for run in finished:
+        take_in(run.folder, results)  # it can have finished while a campaign was being stopped
+    tell(f"{len(runs)} runs, {len(finished)} of them have finished; {jobs} at a time, threads: {threads}")
     with ended(active):
         while waiting or active:
             while waiting and len(active) < jobs:

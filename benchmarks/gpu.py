@@ -195,7 +195,7 @@ def main(options: Options) -> None:
         bench = Bench(options, device, Path(folder))
         for part in [options.only] if options.only else PARTS:
             print(f"\n{PARTS[part]}\n", flush=True)
-            figures |= {part: getattr(bench, part)()}
+            figures[part] = getattr(bench, part)()
             print(f"{table(figures[part])}\n\n{perf_counter() - started:.1f} s so far", flush=True)
             if save:
                 write_json(Path(save), figures)

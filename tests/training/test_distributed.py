@@ -38,6 +38,11 @@ class Probe(Callback):
             return
         if "SIGNAL" in os.environ and (self.epoch, self.iter, self.training) == (1, 3, True):
             os.kill(os.getpid(), getattr(signal, os.environ["SIGNAL"]))
+    def after_epoch(self):
+        if "LOOK" in os.environ and hasattr(self.learn, "checkpoint"):
+            self.learn.predict(self.dls.valid_ds[0][0])
+            figures = list(self.learn.validate())
+            assert figures == list(self.recorder.values[-1][1:]), "of all images"
     def after_fit(self):
         if not hasattr(self.learn, "checkpoint"):
             return  # the range test, or a look at the network
@@ -145,7 +150,7 @@ def test_a_run_goes_on_with_another_number_of_processes(launch, noise, tmp_path)
     run = tmp_path / "run"
     with pytest.raises(Stopped):
         main(**noise, out=str(run), max_minutes=1e-6)
-    result = launch({"resume": run, "max_minutes": 10}, SIGNAL="SIGTERM")
+    result = launch({"resume": run, "max_minutes": 10}, SIGNAL="SIGTERM", LOOK="a callback's, which changes nothing")
     assert "stopped by SIGTERM in epoch 2, after" in result.stderr
     assert "of 11 batches; resume with: torchrun --nproc-per-node 2 train_fastai.py --resume" in result.stderr
     assert result.stderr.count("stopped by") == 1
